@@ -1,0 +1,27 @@
+"""AlphaDecay: module-wise weight decay from heavy-tailed spectra (He et al., NeurIPS 2025, arXiv 2506.14562)."""
+
+from alphadecay.analysis import analyze
+from alphadecay.assignment import MAPS, assign_decays
+from alphadecay.balancer import AlphaDecay
+from alphadecay.baselines import AWD
+from alphadecay.modules import SCOPES, balanced_modules
+from alphadecay.power_law import METHODS, PowerLaw, UndefinedPowerLaw, fit_power_law
+from alphadecay.spectra import eigenvalues
+from alphadecay.statistics import METRICS
+
+__version__ = "0.1.0"
+__all__ = [
+    "AWD",
+    "MAPS",
+    "METHODS",
+    "METRICS",
+    "SCOPES",
+    "AlphaDecay",
+    "PowerLaw",
+    "UndefinedPowerLaw",
+    "analyze",
+    "assign_decays",
+    "balanced_modules",
+    "eigenvalues",
+    "fit_power_law",
+]

@@ -1,0 +1,274 @@
+"""AlphaDecay: owns the parameter groups of an optimizer and rebalances their weight decay during training."""
+
+import logging
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from alphadecay.assignment import MAPS, assign_decays
+from alphadecay.modules import BalancedModule, balanced_modules, batchnorm_followers, unwrap
+from alphadecay.power_law import METHODS
+from alphadecay.sharding import assign_owners, gather_rows, rank_and_size
+from alphadecay.statistics import COLUMNS, FAILURES, METRICS, module_row
+
+logger = logging.getLogger(__name__)
+
+
+class AlphaDecay:
+    """Module-wise weight decay from the spectra of the weights (He et al., NeurIPS 2025, arXiv 2506.14562).
+
+        decay = alphadecay.AlphaDecay(model, weight_decay=0.1, min_ratio=0.6666, max_ratio=5, every=500)
+        optimizer = torch.optim.AdamW(decay.param_groups(), lr=1e-3)
+        ...
+        decay.step(optimizer)  # before optimizer.step(): an analysis every 500 calls, otherwise free
+
+    Under torch.distributed every rank must construct it and call `step` alike: each analyses a share of the modules,
+    and all then compute the same decays from the same numbers.
+
+    Args:
+        model: any module; DistributedDataParallel and compiled wrappers are seen through.
+        weight_decay: eta, the decay of everything that is not balanced and the scale of everything that is.
+        min_ratio, max_ratio: s1 and s2: decays of the linear map run from s1 * eta to s2 * eta.
+        every: updates between two analyses. The decays are first set at construction.
+        metric: the statistic modules are scored by (`alphadecay.METRICS`).
+        mapping: score -> decay (`alphadecay.MAPS`).
+        positive: decay rises with the score, as published; False reverses the order (a causal control).
+        method, xmin_pos, filter_zeros: the power-law fit, see `fit_power_law`.
+        scope, remove_first, remove_last: which modules are balanced, see `balanced_modules`.
+        batchnorm, batchnorm_type: whether and how BatchNorm2d follows its convolution, see `batchnorm_followers`.
+        process_group: the ranks that share the analysis; None: all of them, if torch.distributed is initialised.
+
+    Attributes:
+        weight_decays: name of each balanced module -> its decay now.
+        history: one dictionary for each balanced module and update of the decays: step (the first update that uses
+            them, counted from 1; 0 for those from construction), module, type, block, the statistics (None where not
+            computed), score, weight_decay, reason (why the module kept its previous decay, else None).
+
+    Raises ValueError for settings that do not go together, with what to give instead.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_decay: float,
+        min_ratio: float = 0.6666,
+        max_ratio: float = 3.0,
+        every: int = 500,
+        *,
+        metric: str = "alpha",
+        mapping: str = "tb_linear_map",
+        positive: bool = True,
+        method: str = "median",
+        xmin_pos: float = 2.0,
+        filter_zeros: bool = False,
+        scope: str = "reference",
+        remove_first: bool = True,
+        remove_last: bool = True,
+        batchnorm: bool = True,
+        batchnorm_type: str = "name",
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        _check_settings(weight_decay, min_ratio, max_ratio, every)
+        _check_choice("metric", metric, METRICS)
+        _check_choice("map", mapping, MAPS)
+        _check_choice("fit", method, METHODS)
+        if not xmin_pos > 1:
+            raise ValueError(f"xmin_pos is {xmin_pos}: it must be above 1 (2 fits the upper half of the spectrum)")
+        self.model = unwrap(model)
+        self.weight_decay = weight_decay
+        self.every = every
+        self.metric = metric
+        self.updates = 0
+        self.history: list[dict] = []
+        self._map = {"mapping": mapping, "min_ratio": min_ratio, "max_ratio": max_ratio, "positive": positive}
+        self._fit = {"method": method, "xmin_pos": xmin_pos, "filter_zeros": filter_zeros}
+        self._group = process_group
+        limit = {"min_eigenvalues": 0} if metric == "gradnorm" else {}
+        self.modules = balanced_modules(self.model, scope, remove_first, remove_last, **limit)
+        if not self.modules:
+            raise ValueError(
+                "the model has no module to balance: none with 50 eigenvalues or more is left after the first and the last "
+                "were removed; use a larger model, or remove_first=False, remove_last=False or scope='all_blocks'"
+            )
+        self._followers = batchnorm_followers(self.model, self.modules, batchnorm_type) if batchnorm else {}
+        self.weight_decays = {m.name: float(weight_decay) for m in self.modules}
+        self._written = True  # param_groups() and attach() hand out the decays of construction themselves
+        self._rebalance()
+
+    def param_groups(self) -> list[dict]:
+        """Parameter groups for an optimizer: one for each balanced module, holding its own parameters (and those of the
+        BatchNorm2d that follows it), and one for all else, at eta. `module` names the balanced module, None for the rest."""
+        owner = self._owners_of_parameters()
+        parts: dict[str | None, list] = {None: []} | {m.name: [] for m in self.modules}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parts[owner.get(parameter)].append(parameter)
+        decays = {None: float(self.weight_decay)} | self.weight_decays
+        return [{"params": p, "module": name, "weight_decay": decays[name]} for name, p in parts.items() if p]
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Split the groups of an existing optimizer so that each balanced module has its own, and write the decays.
+
+        Every other option of a group and the optimizer's state stay. Parameters that are not balanced stay in their
+        group at its own weight decay; so does a balanced module's bias that the group of its weight does not hold.
+
+        Raises:
+            ValueError: the optimizer holds a parameter that is not the model's, lacks a balanced weight, is attached
+                already, or a learning-rate scheduler has already been built on it.
+        """
+        groups = optimizer.param_groups
+        if any("module" in group for group in groups):
+            raise ValueError("the optimizer's groups are named by module already: attach once, and not after param_groups()")
+        if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
+            raise ValueError("a learning-rate scheduler already counts this optimizer's groups: attach first, then build the scheduler")
+        self._check_placeable(groups)
+        owner = self._owners_of_parameters()
+        split = []
+        for group in groups:
+            in_group = set(group["params"])
+            leaders = {m.name for m in self.modules if m.weight in in_group}
+            names = [owner.get(p) if owner.get(p) in leaders else None for p in group["params"]]
+            split += [_part(group, names, name) for name in dict.fromkeys(names)]
+        optimizer.param_groups[:] = split
+        self._write(optimizer)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Count one update; every `every` of them analyse the weights and write new decays. Call before `optimizer.step()`.
+
+        Returns True where the decays were rebalanced. Raises ValueError where a balanced module has no group of its own.
+        """
+        self.updates += 1
+        due = self.updates % self.every == 0
+        if due:
+            self._rebalance()
+        if due or not self._written:
+            self._write(optimizer)
+        return due
+
+    def state_dict(self) -> dict:
+        """What decides the future: the number of updates and the decays by module name."""
+        return {"updates": self.updates, "weight_decays": dict(self.weight_decays)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a `state_dict()`. The optimizer's groups get the decays at the next `step`. `history` is kept.
+
+        Raises ValueError where the state is of another set of balanced modules.
+        """
+        saved, mine = set(state["weight_decays"]), set(self.weight_decays)
+        if saved != mine:
+            odd = sorted(saved ^ mine)
+            raise ValueError(
+                f"the saved decays are of other modules than this model's: {len(odd)} differ, the first is {odd[0]}; "
+                "use the model and the module flags they were saved with"
+            )
+        self.updates = state["updates"]
+        self.weight_decays = {name: state["weight_decays"][name] for name in self.weight_decays}
+        self._written = False
+
+    def _rebalance(self) -> None:
+        """Analyse, turn scores into decays and note both in the history. A module that fails keeps its decay."""
+        with torch.no_grad():
+            rows, failures = self._analyze()
+        score = COLUMNS.index(self.metric)
+        reasons = [FAILURES[code] for code in failures]
+        sound = [i for i, reason in enumerate(reasons) if reason is None]
+        try:
+            decays = assign_decays(rows[sound, score], self.weight_decay, blocks=[self.modules[i].block for i in sound], **self._map)
+        except ValueError as error:
+            if self.updates == 0:
+                raise
+            reasons, sound, decays = [str(error)] * len(rows), [], ()
+        for i, decay in zip(sound, decays, strict=True):
+            self.weight_decays[self.modules[i].name] = float(decay)
+        for module, row, reason in zip(self.modules, rows.tolist(), reasons, strict=True):
+            self.history.append(self._record(module, row, reason, row[score]))
+            if reason and rank_and_size(self._group)[0] == 0:
+                logger.warning("update %d: %s keeps its weight decay: %s", self.updates, module.name, reason)
+
+    def _analyze(self) -> tuple[Tensor, list[int]]:
+        """Statistics of every balanced module, each computed by its owner: [M, len(COLUMNS)] float64, and failure codes."""
+        rank, world_size = rank_and_size(self._group)
+        owners = assign_owners([m.cost for m in self.modules], world_size)
+        owned = [i for i, owner in enumerate(owners) if owner == rank]
+        rows = torch.zeros(len(self.modules), len(COLUMNS) + 1, dtype=torch.float64)
+        for i in owned:
+            weight = self.modules[i].weight
+            row, failure = module_row(weight, weight.grad, self.metric, **self._fit)
+            rows[i] = torch.tensor([*row.values(), failure], dtype=torch.float64)
+        rows = gather_rows(rows, owned, self.modules[0].weight.device, self._group)
+        return rows[:, :-1], rows[:, -1].int().tolist()
+
+    def _record(self, module: BalancedModule, row: list[float], reason: str | None, score: float) -> dict:
+        number = {name: None if math.isnan(value) else value for name, value in zip(COLUMNS, row, strict=True)}
+        return {
+            "step": self.updates,
+            "module": module.name,
+            "type": module.type,
+            "block": module.block,
+            **number,
+            "score": None if math.isnan(score) else score,
+            "weight_decay": self.weight_decays[module.name],
+            "reason": reason,
+        }
+
+    def _owners_of_parameters(self) -> dict[nn.Parameter, str]:
+        """Parameter -> the balanced module whose decay it takes."""
+        owner: dict[nn.Parameter, str] = {}
+        for balanced in self.modules:
+            for module in (balanced.module, *self._followers.get(balanced.name, ())):
+                for parameter in module.parameters(recurse=False):
+                    if parameter.requires_grad:
+                        owner.setdefault(parameter, balanced.name)
+        return owner
+
+    def _check_placeable(self, groups: list[dict]) -> None:
+        own = set(self.model.parameters())
+        held = set()
+        for index, group in enumerate(groups):
+            for parameter in group["params"]:
+                if parameter not in own:
+                    raise ValueError(
+                        f"group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model: "
+                        "give AlphaDecay the model that the optimizer trains"
+                    )
+            held.update(group["params"])
+        for module in self.modules:
+            if module.weight not in held:
+                raise ValueError(f"the optimizer does not hold the weight of {module.name}: build it with all of the model's parameters")
+
+    def _write(self, optimizer: Optimizer) -> None:
+        groups = {group["module"]: group for group in optimizer.param_groups if group.get("module") is not None}
+        for name, decay in self.weight_decays.items():
+            if name not in groups:
+                raise ValueError(
+                    f"the optimizer has no group for {name}: build it with decay.param_groups() or call decay.attach(optimizer)"
+                )
+            groups[name]["weight_decay"] = decay
+        self._written = True
+
+
+def _part(group: dict, names: list[str | None], name: str | None) -> dict:
+    """The part of an optimizer's group whose parameters go by `name`; `names` is parallel to its parameters."""
+    chosen = [i for i, n in enumerate(names) if n == name]
+    part = group | {"params": [group["params"][i] for i in chosen], "module": name}
+    if "param_names" in group:  # torch's optimizers over named parameters keep this parallel to params
+        part["param_names"] = [group["param_names"][i] for i in chosen]
+    return part
+
+
+def _check_settings(weight_decay: float, min_ratio: float, max_ratio: float, every: int) -> None:
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ValueError(f"weight_decay is {weight_decay}: it must be a finite number, 0 or more")
+    if not 0 <= min_ratio <= max_ratio or not math.isfinite(max_ratio):
+        raise ValueError(f"the ratios are out of order: 0 <= min_ratio <= max_ratio must hold, not {min_ratio} and {max_ratio}")
+    if not (isinstance(every, int) and every >= 1):
+        raise ValueError(f"every is {every}: it must be a whole number of updates, 1 or more")
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")

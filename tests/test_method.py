@@ -1,0 +1,106 @@
+"""alphadecay on whole models beside the plain twin of tests/reference.py."""
+
+import pytest
+import reference
+import timm
+import torch
+import transformers
+
+import alphadecay
+from alphadecay.assignment import MAPS, assign_decays
+from alphadecay.balancer import AlphaDecay
+from alphadecay.modules import balanced_modules
+from alphadecay.statistics import COLUMNS, module_row
+
+TOLERANCE = 1e-8  # relative; both sides work in float64
+
+
+def llama_60m():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig.from_json_file("configs/llama_60m.json")
+    config.pad_token_id = None
+    return transformers.LlamaForCausalLM(config)
+
+
+def heavy_tailed(model):
+    """Low-rank additions whose singular values fall like a power law: what training does to a weight."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for index, module in enumerate(balanced_modules(model)):
+            out, fan_in = module.weight.shape
+            rank = min(out, fan_in) // 3
+            scale = torch.arange(1, rank + 1) ** -(0.5 + 0.05 * (index % 10))
+            left = torch.randn(out, rank, generator=generator) / out**0.5
+            right = torch.randn(rank, fan_in, generator=generator) / fan_in**0.5
+            module.weight.add_(3 * (left * scale) @ right)
+    return model
+
+
+MODELS = {
+    "llama_60m": llama_60m,
+    "llama_60m heavy-tailed": lambda: heavy_tailed(llama_60m()),
+    "vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224"),
+    "resnet18": lambda: timm.create_model("resnet18"),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    """A model with gradients, the plain twin's eigenvalues and statistics, and ours."""
+    torch.manual_seed(2)
+    model = MODELS[request.param]()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    names = [name for name, _ in reference.balanced(model)]
+    plain = {name: reference.statistics(weight, weight.grad) for name, weight in reference.balanced(model)}
+    return model, names, plain
+
+
+def test_statistics_agree(case):
+    model, names, plain = case
+    modules = balanced_modules(model)
+    assert [m.name for m in modules] == names
+    for module in modules:
+        row, failure = module_row(module.weight, module.weight.grad)
+        assert failure == 0
+        assert row == pytest.approx(plain[module.name], rel=TOLERANCE), module.name
+        assert set(row) == set(COLUMNS)
+
+
+@pytest.mark.parametrize("mapping", MAPS)
+@pytest.mark.parametrize("metric", ["alpha", "alphahat", "entropy"])
+def test_decays_agree(case, mapping, metric):
+    model, names, plain = case
+    scores = [plain[name][metric] for name in names]
+    blocks = [m.block for m in balanced_modules(model)]
+    for positive in (True, False):
+        arguments = (torch.tensor(scores, dtype=torch.float64), 1e-5, mapping, 0.6666, 3, positive, blocks)
+        expected = reference.decays(scores if positive else reference.reverse(scores), 1e-5, mapping, 0.6666, 3, blocks)
+        if min(expected) < 0:  # log2 of scores on both sides of 1
+            with pytest.raises(ValueError, match="tb_log2 gives no decay"):
+                assign_decays(*arguments)
+        else:
+            assert assign_decays(*arguments).tolist() == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_balancer_agrees(case):
+    """The whole way: model -> parameter groups."""
+    model, names, plain = case
+    decay = AlphaDecay(model, 0.1, 0.6666, 5)
+    expected = reference.decays([plain[n]["alpha"] for n in names], 0.1, "tb_linear_map", 0.6666, 5, None)
+    assert decay.weight_decays == pytest.approx(dict(zip(names, expected, strict=True)), rel=1e-4)
+    groups = {g["module"]: g["weight_decay"] for g in decay.param_groups()}
+    assert groups == {None: 0.1} | decay.weight_decays
+
+
+@pytest.mark.parametrize("method", alphadecay.METHODS)
+def test_fits_pick_the_same_threshold(case, method):
+    """Every fit on a few modules of each model: the twin's loops take seconds for each."""
+    model, _, _ = case
+    modules = balanced_modules(model)
+    for module in {m.type: m for m in modules if m.n_eigenvalues <= 800}.values():
+        values = reference.eigenvalues(module.weight)
+        alpha, D, threshold = reference.fit(values, method)
+        law = alphadecay.fit_power_law(alphadecay.eigenvalues(module.weight), method)
+        assert law.xmin == pytest.approx(threshold, rel=TOLERANCE), module.name
+        assert (law.alpha, law.D) == pytest.approx((alpha, D), rel=1e-6), module.name

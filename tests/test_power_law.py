@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import reference
+import torch
+
+from alphadecay import METHODS, UndefinedPowerLaw, fit_power_law
+
+
+def sample(n, alpha, seed):
+    """Eigenvalues drawn from a density proportional to lambda^-alpha over 1."""
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((1 - uniform) ** (-1 / (alpha - 1))).sort().values
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [50, 51, 333])
+@pytest.mark.parametrize("seed", range(4))
+def test_agrees_with_the_plain_loops(method, n, seed):
+    values = sample(n, 2.0 + 0.5 * seed, seed)
+    law = fit_power_law(values, method)
+    alpha, D, threshold = reference.fit(values.tolist(), method)
+    assert law.xmin == threshold
+    assert (law.alpha, law.D) == pytest.approx((alpha, D), rel=1e-10)
+
+
+@pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])
+def test_recovers_a_known_exponent(alpha):
+    for method in ("median", "median-paper", "goodness-of-fit"):
+        assert fit_power_law(sample(20000, alpha, 0)[-4000:], method).alpha == pytest.approx(alpha, rel=0.06)
+
+
+def test_the_two_conventions_differ_as_published():
+    """METHOD: by 0.002 to 0.03 on ordinary matrices."""
+    values = torch.linalg.svdvals(torch.randn(512, 512, generator=torch.Generator().manual_seed(0))).flip(0) ** 2
+    difference = abs(fit_power_law(values).alpha - fit_power_law(values, "median-paper").alpha)
+    assert 0.002 < difference < 0.03
+
+
+def test_the_search_blocks_change_nothing(monkeypatch):
+    values = sample(300, 2.5, 0)
+    whole = fit_power_law(values, "goodness-of-fit")
+    monkeypatch.setattr("alphadecay.power_law.BLOCK_ELEMENTS", 1000)
+    assert fit_power_law(values, "goodness-of-fit") == whole
+
+
+def test_fix_finger_windows_differ():
+    """With a peak above 1.05 the published lower bound, a logarithm, lets nearly every threshold in."""
+    values = torch.cat([sample(40, 2.5, 0), 100 * sample(200, 2.5, 1)]).sort().values
+    assert fit_power_law(values, "fix-finger").xmin >= 95
+    assert reference.fit(values.tolist(), "fix-finger-reference")[2] == fit_power_law(values, "fix-finger-reference").xmin
+
+
+def test_xmin_pos():
+    values = sample(100, 2.5, 0)
+    law = fit_power_law(values, xmin_pos=4)
+    assert (law.tail, law.xmin) == (75, values[25])
+
+
+def test_filter_zeros():
+    values = torch.cat([torch.full((60,), 1e-6, dtype=torch.float64), sample(100, 2.5, 0)])
+    assert fit_power_law(values, filter_zeros=True) == fit_power_law(values[60:])
+    assert fit_power_law(values) != fit_power_law(values[60:])
+    tiny = sample(100, 2.5, 0) * 1e-9
+    assert fit_power_law(tiny, filter_zeros=True) == fit_power_law(tiny)  # none would be left: all are kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("values", [torch.zeros(60), torch.ones(60), torch.ones(1)])
+def test_undefined(method, values):
+    with pytest.raises(UndefinedPowerLaw):
+        fit_power_law(values, method)
+
+
+@pytest.mark.parametrize("method", ["goodness-of-fit", "fix-finger", "fix-finger-reference"])
+def test_searches_pass_over_zeros(method):
+    values = torch.cat([torch.zeros(100, dtype=torch.float64), sample(100, 2.5, 0)])
+    law = fit_power_law(values, method)
+    assert law.xmin >= 1 and math.isfinite(law.alpha) and 0 <= law.D < 1
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="unknown fit 'hill': choose one of median"):
+        fit_power_law(torch.rand(60), "hill")
+    with pytest.raises(ValueError, match="xmin_pos is 1"):
+        fit_power_law(torch.rand(60), xmin_pos=1)
