@@ -1,0 +1,95 @@
+"""Which device this process has, which other processes there are, and how a script ends when its user erred."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from peft_pretraining.errors import UserError
+
+PATIENCE = timedelta(hours=2)  # ranks wait so long while rank 0 tokenises a corpus
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. Without torchrun: rank 0 of 1, and no process group."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before the others enter it: it fills caches that they then find."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+
+def world_size_of_environment() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def process_group(single_cuda: bool = False) -> Iterator[Ranks]:
+    """Join the other processes of torchrun, if any: nccl where there are GPUs, else gloo.
+
+    single_cuda: one process on one GPU; a second process or no GPU is an error.
+    """
+    world_size, local_rank = world_size_of_environment(), int(os.environ.get("LOCAL_RANK", 0))
+    if single_cuda and (world_size > 1 or not torch.cuda.is_available()):
+        why = f"torchrun started {world_size} processes" if world_size > 1 else "there is no CUDA device here"
+        raise UserError(f"--single_cuda means one process on one GPU, but {why}: leave the flag out")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this node has no GPU: give torchrun --nproc_per_node={torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
+    try:
+        yield Ranks(int(os.environ.get("RANK", 0)), local_rank, world_size, device)
+    finally:
+        if world_size > 1 and sys.exc_info()[0] is None:  # after an error the others may never come to a farewell
+            dist.destroy_process_group()
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Run a script's main; what the user can put right ends it with one sentence and exit code 2, not with a traceback."""
+    try:
+        main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            # Rank 0 speaks for all: torchrun ends this process as soon as rank 0 has. What only this rank met, it says itself.
+            time.sleep(5)
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0

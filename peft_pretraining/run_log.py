@@ -1,0 +1,190 @@
+"""What a run tells: log lines, one progress bar, metrics.jsonl, modules.jsonl, run.json and Weights & Biases."""
+
+import importlib.metadata
+import json
+import logging
+import netrc
+import os
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from loguru import logger
+from tqdm import tqdm
+
+from peft_pretraining.distributed import Ranks
+from peft_pretraining.errors import UserError
+
+METRICS, MODULES, RUN = "metrics.jsonl", "modules.jsonl", "run.json"
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "timm", "wandb")
+
+
+def start_logging(ranks: Ranks) -> None:
+    """Log lines through loguru: rank 0 tells all, the others warnings only; they do not break the progress bar."""
+    logger.remove()
+    form = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> {message}"
+    form = form if ranks.is_main else f"<dim>rank {ranks.rank}</dim> " + form
+    level = "INFO" if ranks.is_main else "WARNING"
+    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), format=form, level=level, colorize=sys.stderr.isatty())
+    logging.getLogger("alphadecay").handlers = [_ToLoguru()]
+
+
+class _ToLoguru(logging.Handler):
+    """The standard library's log records, passed on to loguru."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger.log(record.levelname, record.getMessage())
+
+
+class RunLog:
+    """The run folder's records, kept by rank 0; on other ranks every call does nothing.
+
+    Args:
+        folder: the run folder, see `make_run_folder`.
+        description: what goes into run.json beside versions, device and commit: name, arguments, model_config, parameters.
+        wandb_name, tags: of the W&B run.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, description: dict, wandb_name: str, tags: list[str]):
+        self.folder, self.enabled = folder, ranks.is_main
+        self._bar, self._wandb = None, None
+        if not self.enabled:
+            return
+        self.description = description | _surroundings(ranks)
+        self._write_description()
+        self._wandb = _start_wandb(folder, wandb_name, tags, self.description)
+
+    def start_bar(self, total: int, done: int) -> None:
+        """Show a progress bar of updates, where a person watches."""
+        if self.enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit="update", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One update made."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def metrics(self, record: dict) -> None:
+        """A logged step or an evaluation: a line of metrics.jsonl, W&B, and the bar."""
+        if not self.enabled:
+            return
+        append_json(self.folder / METRICS, [record])
+        if self._wandb is not None:
+            self._wandb.log(record)
+        if self._bar is not None and "loss" in record:
+            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['throughput_tokens']:,.0f} tokens/s")
+
+    def modules(self, records: list[dict]) -> None:
+        """New rows of `AlphaDecay.history`: lines of modules.jsonl, and alpha and decay of each module in W&B."""
+        if not (self.enabled and records):
+            return
+        append_json(self.folder / MODULES, records)
+        if self._wandb is not None:
+            values = {f"{what}/{r['module']}": r[what] for r in records for what in ("alpha", "weight_decay") if r[what] is not None}
+            self._wandb.log(values | {"update_step": records[0]["step"]})
+
+    def finish(self, summary: dict) -> None:
+        """Add the run's summary to run.json and close the bar and W&B."""
+        if not self.enabled:
+            return
+        self.description["summary"] = summary
+        self._write_description()
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write_description(self) -> None:
+        temporary = self.folder / (RUN + ".tmp")
+        temporary.write_text(json.dumps(self.description, indent=2, default=str) + "\n", encoding="utf8")
+        temporary.replace(self.folder / RUN)
+
+
+def make_run_folder(folder: Path, fresh: bool) -> None:
+    """Make the run folder. fresh: begin a new run, so it must not hold one yet. Raises UserError where it cannot be used."""
+    if fresh and (folder / METRICS).exists():
+        raise UserError(f"{folder} already holds a run: go on with it by --continue_from auto, or give another --name or --save_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        append_json(folder / METRICS, [])
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be written ({error.strerror}): give another --save_dir") from error
+
+
+def append_json(path: Path, records: list[dict]) -> None:
+    """Append records to a file, a line each; the file is made if need be."""
+    with path.open("a", encoding="utf8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def carry_records(source: Path, target: Path, step: int) -> None:
+    """Keep of a run's records what lies before a checkpoint: copy the lines of `source` up to `step` to `target`.
+
+    A run that went on past its last checkpoint, or was killed while it wrote a line, has more; it will be written again.
+    """
+    for name, key in ((METRICS, "update_step"), (MODULES, "step")):
+        kept = []
+        path = source / name
+        for line in path.read_text(encoding="utf8").splitlines() if path.is_file() else ():
+            try:
+                if json.loads(line)[key] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = target / (name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf8")
+        temporary.replace(target / name)
+
+
+def _surroundings(ranks: Ranks) -> dict:
+    cuda = ranks.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(ranks.device) if cuda else f"CPU, {torch.get_num_threads()} threads a process",
+        "processes": ranks.world_size,
+        "versions": {"python": sys.version.split()[0]} | {p: v for p in PACKAGES if (v := _version(p))},
+        "git_commit": _git_commit(),
+        "command": " ".join(sys.argv),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
+    except OSError:  # no git here
+        return None
+    return answer.stdout.strip() or None
+
+
+def _start_wandb(folder: Path, name: str, tags: list[str], config: dict):
+    """A W&B run: as WANDB_MODE says, else online where a key is known and offline where not; it never asks for one."""
+    try:
+        import wandb
+    except ImportError:
+        logger.info("wandb is not installed: the run is recorded in its folder only")
+        return None
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    settings = wandb.Settings(silent=True, console="off")
+    run = wandb.init(project="alphadecay", name=name, tags=tags, config=config, dir=folder, mode=mode, settings=settings)
+    run.define_metric("*", step_metric="update_step")
+    return run
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,286 @@
+"""Pretrain LLaMA with AlphaDecay: module-wise weight decay from the spectra of the weights (arXiv 2506.14562).
+
+    torchrun --nproc_per_node=2 torchrun_main.py --model_config configs/llama_60m.json --use_modulewise_wd \
+        --alpha_positively_with_WD --weight_decay 1e-5
+
+Runs on one process (plain python) or several (torchrun), on CPU or GPU, and finds out by itself which. Sections:
+arguments, set-up, the training loop, the end.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from loguru import logger
+
+from alphadecay.flags import add_flags, decay_from_flags
+from peft_pretraining import run_log
+from peft_pretraining.arguments import complete, llama_parser
+from peft_pretraining.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, seed_random_generators, step_of
+from peft_pretraining.data import load_data, training_batches, validation_batches
+from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
+from peft_pretraining.errors import UserError
+from peft_pretraining.evaluation import evaluate
+from peft_pretraining.modeling_llama import IGNORED, build_model, load_config
+from peft_pretraining.optimizer import build_optimizer
+from peft_pretraining.report import write_report
+from peft_pretraining.schedule import lr_factor
+
+AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
+
+# -------------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = llama_parser()
+    add_flags(parser)
+    return complete(parser.parse_args(), world_size_of_environment())
+
+
+# ----------------------------------------------------------------------------------------------------------------- set-up
+
+
+def main() -> None:
+    args = parse_arguments()
+    with process_group(args.single_cuda) as ranks:
+        run_log.start_logging(ranks)
+        seed_random_generators(args.seed)
+        config = load_config(args.model_config)
+        run_folder = Path(args.save_dir)
+        checkpoint = find_checkpoint(args.continue_from, run_folder) if args.continue_from else None
+        done = step_of(checkpoint) if checkpoint else 0
+        if done >= args.num_training_steps and args.continue_from == "auto":
+            logger.info(f"{run_folder} has made all {done} updates: nothing to do")
+            return
+        if ranks.is_main:
+            own = args.continue_from == "auto" or (checkpoint and checkpoint.parents[1].resolve() == run_folder.resolve())
+            run_log.make_run_folder(run_folder, fresh=not own)
+
+        data = load_data(
+            args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
+            args.validation_file, first=ranks.first,
+        )  # fmt: skip
+        logger.info(f"data: {data.description}")
+
+        model = build_model(config, args.use_hf_model).to(ranks.device)
+        if args.dtype == "bfloat16":
+            model = model.to(torch.bfloat16)
+        if args.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        parameters = sum(p.numel() for p in model.parameters())
+        logger.info(f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, {ranks.world_size} x {ranks.device.type}")
+
+        try:
+            decay = decay_from_flags(args, model, AWD_FACTOR)  # None: uniform
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+        optimizer = build_optimizer(args.optimizer, groups, args.lr)
+
+        progress = {"update_step": 0, "tokens_seen": 0}
+        if checkpoint:
+            progress = resume(checkpoint, args, model, optimizer, decay, data.fingerprint, ranks)
+        if ranks.is_main:  # a run that went on past its checkpoint, or never had one, has records that will be made again
+            run_log.carry_records(checkpoint.parents[1] if checkpoint else run_folder, run_folder, done if checkpoint else -1)
+        description = {"name": args.name, "arguments": vars(args), "model_config": config.to_dict(), "parameters": parameters}
+        tags = [tag for tag in args.tags.split(",") if tag]
+        log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, tags)
+        train(args, model, optimizer, decay, data, progress, log, ranks)
+
+
+def resume(checkpoint: Path, args, model, optimizer, decay, data_fingerprint: str, ranks: Ranks) -> dict:
+    """Load a checkpoint into everything that decides the future; returns the counters."""
+    trainer = load_checkpoint(checkpoint, model, optimizer, ranks)
+    if trainer["data"] != data_fingerprint:
+        raise UserError(f"{checkpoint} was trained on other data: give the --dataset, --tokenizer and --max_length it was trained with")
+    if (decay is None) != (trainer["decay"] is None):
+        raise UserError(f"{checkpoint} was trained with another kind of weight decay: give the decay flags it was trained with")
+    if decay:
+        try:
+            decay.load_state_dict(trainer["decay"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{checkpoint} does not fit the decay flags: {error}") from error
+        decay.history.clear()  # the decays of construction are of weights that were just replaced
+    for name, value in trainer["arguments"].items():
+        if getattr(args, name, value) != value:
+            logger.warning(f"--{name} is {getattr(args, name)}, was {value} in the checkpoint: the run will not be the one it continues")
+    if trainer["progress"]["update_step"] >= args.num_training_steps:
+        raise UserError(f"{checkpoint} has made all {args.num_training_steps} updates already: give more --num_training_steps")
+    logger.info(f"continue from {checkpoint}")
+    return trainer["progress"]
+
+
+# ------------------------------------------------------------------------------------------------------ the training loop
+
+
+def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: run_log.RunLog, ranks: Ranks) -> None:
+    cuda = ranks.device.type == "cuda"
+    parallel = model
+    if ranks.world_size > 1:
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=[ranks.local_rank] if cuda else None)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
+    steps = training_batches(
+        data.train, seed=args.seed, start_step=progress["update_step"], total_batch_size=args.total_batch_size,
+        batch_size=args.batch_size, rank=ranks.rank, world_size=ranks.world_size, workers=args.workers, pin_memory=cuda,
+    )  # fmt: skip
+    log.modules(decay.history if decay else [])
+    log.start_bar(args.num_training_steps, progress["update_step"])
+    tokens_seen = torch.tensor(progress["tokens_seen"], device=ranks.device)
+    clock = Clock(progress["tokens_seen"])
+
+    for update in range(progress["update_step"] + 1, args.num_training_steps + 1):
+        # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
+        loss, n_tokens = forward_backward(parallel, next(steps), autocast, ranks)
+        tokens_seen += n_tokens
+        norm = clip_gradients(model, args.grad_clipping)
+
+        # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
+        before = time.perf_counter()
+        if decay and decay.step(optimizer):
+            clock.analysis_took(time.perf_counter() - before)
+            log.modules([row for row in decay.history if row["step"] == update])
+        factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        log.advance()
+
+        last = update == args.num_training_steps
+        if update % args.log_every == 0 or last or update == 1:
+            loss, seen = float(ranks.sum(loss)), int(tokens_seen)  # the only numbers the step waits for
+            if not math.isfinite(loss):
+                raise UserError(f"the loss of update {update} is {loss}: lower --lr or set --grad_clipping 1.0; saved checkpoints stay")
+            record = {"update_step": update, "loss": loss, "lr": args.lr * factor, "weight_decay": mean_decay(optimizer)}
+            record |= {"grad_norm": float(norm), "tokens_seen": seen} | clock.rates(update, seen, args.total_batch_size)
+            log.metrics(record)
+        if update % args.eval_every == 0 or last:
+            with clock.pause():
+                evaluate_and_log(args, model, data, update, autocast, log, ranks)
+        if update % args.save_every == 0 or last:
+            with clock.pause():
+                save(args, model, optimizer, decay, data, {"update_step": update, "tokens_seen": int(tokens_seen)}, ranks)
+    finish(clock, log, ranks)
+
+
+def forward_backward(model: nn.Module, micro_batches: list[dict], autocast, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of one update. Returns this rank's share of the mean loss per target token, and the global batch's tokens."""
+    labels = [batch["labels"] for batch in micro_batches]
+    tokens, targets = (sum((y[:, start:] != IGNORED).sum() for y in labels) for start in (0, 1))
+    counts = ranks.sum(torch.stack([tokens, targets]).to(ranks.device, non_blocking=True))
+    n_targets = counts[1].clamp_min(1)
+    total = torch.zeros((), device=ranks.device)
+    for i, batch in enumerate(micro_batches):
+        input_ids, target_ids = (batch[key].to(ranks.device, non_blocking=True) for key in ("input_ids", "labels"))
+        # Gradients are exchanged with the last micro-batch only.
+        synchronise = i == len(micro_batches) - 1 or ranks.world_size == 1
+        with contextlib.nullcontext() if synchronise else model.no_sync(), autocast:
+            loss = model(input_ids, target_ids) / n_targets
+        (loss * ranks.world_size).backward()  # DistributedDataParallel averages over the ranks
+        total += loss.detach()
+    return total, counts[0]
+
+
+def clip_gradients(model: nn.Module, greatest_norm: float) -> torch.Tensor:
+    """The L2 norm of all gradients together, which is brought down to `greatest_norm` where that is not 0."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if greatest_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), greatest_norm, norm)
+    return norm
+
+
+def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: run_log.RunLog, ranks: Ranks) -> None:
+    start = time.perf_counter()
+    result = evaluate(model, validation_batches(data.validation, args.batch_size, ranks.rank, ranks.world_size), ranks, autocast)
+    final = update == args.num_training_steps
+    log.metrics({"update_step": update, **result, "eval_seconds": time.perf_counter() - start, "final": final})
+    logger.info(
+        f"update {update}: validation loss {result['eval_loss']:.4f}, perplexity {result['perplexity']:.2f} over "
+        f"{result['eval_tokens']:,} tokens (reference_perplexity {result['reference_perplexity']:.2f})"
+    )
+
+
+def save(args, model: nn.Module, optimizer, decay, data, progress: dict, ranks: Ranks) -> None:
+    arguments = {name: getattr(args, name) for name in DECIDES_THE_FUTURE}
+    trainer = {"progress": progress, "decay": decay.state_dict() if decay else None, "data": data.fingerprint, "arguments": arguments}
+    folder = Path(args.save_dir) / "checkpoints" / f"model_{progress['update_step']}"
+    save_checkpoint(folder, model, optimizer, trainer, data.tokenizer.hf, ranks)
+    logger.info(f"saved {folder}")
+
+
+# Arguments that a resumed run must share with the checkpoint to be the same run.
+DECIDES_THE_FUTURE = (
+    "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps", "scheduler", "cycle_length",
+    "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD", "unbalancedWD_every",
+    "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos", "filter_zeros",
+    "remove_first_layer", "remove_last_layer", "balance_scope", "use_AWD_NeurIPS2023",
+)  # fmt: skip
+
+
+def mean_decay(optimizer) -> float:
+    """The parameter-weighted mean of the groups' decays."""
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    return sum(n * group["weight_decay"] for n, group in zip(sizes, optimizer.param_groups, strict=True)) / sum(sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the end
+
+
+class Clock:
+    """Seconds of training without evaluations and checkpoints, and how many of them the analyses took."""
+
+    def __init__(self, tokens_seen: int):
+        self.started = self.last = time.perf_counter()
+        self.paused = self.analysing = 0.0
+        self.analyses = 0
+        self.first_tokens = self.last_tokens = tokens_seen
+        self.last_update = None
+
+    @contextlib.contextmanager
+    def pause(self):
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+        self.last += time.perf_counter() - start
+
+    def analysis_took(self, seconds: float) -> None:
+        self.analysing += seconds
+        self.analyses += 1
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started - self.paused
+
+    def rates(self, update: int, tokens_seen: int, examples: int) -> dict[str, float]:
+        """Throughput since the last call: tokens (no pads), rows and updates a second."""
+        now = time.perf_counter()
+        updates = update - (self.last_update if self.last_update is not None else update - 1)
+        elapsed, tokens = max(now - self.last, 1e-9), tokens_seen - self.last_tokens
+        self.last, self.last_tokens, self.last_update = now, tokens_seen, update
+        rates = {"tokens": tokens / elapsed, "examples": updates * examples / elapsed, "batches": updates / elapsed}
+        return {f"throughput_{name}": rate for name, rate in rates.items()} | {"seconds": self.seconds()}
+
+
+def finish(clock: Clock, log: run_log.RunLog, ranks: Ranks) -> None:
+    """Summary and report."""
+    seconds = clock.seconds()
+    summary = {
+        "train_seconds": seconds,
+        "tokens_per_second": (clock.last_tokens - clock.first_tokens) / seconds,
+        "analyses": clock.analyses,
+        "analysis_seconds": clock.analysing,
+        "analysis_share": clock.analysing / seconds,
+    }
+    log.finish(summary)
+    if ranks.is_main:
+        logger.info(f"{summary['tokens_per_second']:,.0f} tokens/s; analyses took {clock.analysing:.2f} s, {clock.analysing / seconds:.2%}")
+        logger.info(f"report: {write_report(log.folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
