@@ -26,9 +26,10 @@ from peft_pretraining.data import load_data, training_batches, validation_batche
 from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
-from peft_pretraining.modeling_llama import IGNORED, build_model, load_config
+from peft_pretraining.modeling_llama import build_model, load_config
 from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.report import write_report
+from peft_pretraining.rows import IGNORED
 from peft_pretraining.schedule import lr_factor
 
 AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs

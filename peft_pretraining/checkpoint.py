@@ -1,11 +1,11 @@
 """Checkpoints: everything that decides the future of a run, written whole or not at all, verified on load.
 
-    model_<step>/
-        config.json, model.safetensors, tokenizer files     transformers' format: AutoModelForCausalLM.from_pretrained reads it
-        training_state/optimizer.pt                          state by parameter name
-        training_state/trainer.json                          step, tokens, decays, data and model fingerprints, arguments
-        training_state/random_<rank>.pt                      random states of each rank
-        manifest.json                                        size and SHA-256 of every file
+model_<step>/
+    config.json, model.safetensors, tokenizer files     transformers' format: AutoModelForCausalLM.from_pretrained reads it
+    training_state/optimizer.pt                          state by parameter name
+    training_state/trainer.json                          step, tokens, decays, data and model fingerprints, arguments
+    training_state/random_<rank>.pt                      random states of each rank
+    manifest.json                                        size and SHA-256 of every file
 """
 
 import hashlib

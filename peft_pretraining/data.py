@@ -93,7 +93,10 @@ def _check_not_empty(source: Source, split: Split, train: Rows | StreamedRows, v
 
 
 def _describe(source: Source, split: Split, train: Rows | StreamedRows, validation: Rows, tokenizer: Tokenizer) -> str:
-    amount = f"{len(train):,} documents, {int(train.lengths.sum()):,} tokens a pass" if isinstance(train, Rows) else "streamed"
+    amount = "streamed"
+    if isinstance(train, Rows):
+        entropy = f"unigram entropy {train.unigram_entropy():.3f} nats"
+        amount = f"{len(train):,} documents, {int(train.lengths.sum()):,} tokens a pass, {entropy}"
     origin = {"hash": "held out by hash", "own": "its own split", "file": "from a file"}[split.rule[0]]
     held_out = f"{len(validation):,} documents, {validation.target_tokens:,} target tokens, {origin}"
     return f"{source.name}, {amount}; validation: {held_out}; tokenizer {tokenizer.name}"

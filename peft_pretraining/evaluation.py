@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from peft_pretraining.distributed import Ranks
-from peft_pretraining.modeling_llama import IGNORED
+from peft_pretraining.rows import IGNORED
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
 from peft_pretraining.errors import UserError
-
-IGNORED = -100  # the label of a position that has no target: a pad
+from peft_pretraining.rows import IGNORED
 
 
 def load_config(path: str | Path) -> LlamaConfig:

@@ -748,7 +748,7 @@ def analysis_cost(run: Run) -> tuple[float, float]:
     summary = section(run.info, "summary")
     if run.modules is None:
         return math.nan, math.nan
-    return number(summary, "analysis_seconds") / len(run.modules.steps), number(summary, "analysis_share")
+    return number(summary, "analysis_seconds") / (number(summary, "analyses") or math.nan), number(summary, "analysis_share")
 
 
 def result_rows(run: Run) -> list[tuple[str, str]]:

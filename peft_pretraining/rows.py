@@ -48,6 +48,13 @@ class Rows:
         """Ids that a model is scored on, one fewer than its length in each row."""
         return int(self.lengths.sum()) - len(self)
 
+    def unigram_entropy(self) -> float:
+        """Entropy of the ids' frequencies, in nats, over at most 20 million of them: the loss of a model that knows only how often
+        each token occurs, which a model that has learnt anything of the text is well below."""
+        counts = np.bincount(self.tokens[:20_000_000])
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows of these indices as `input_ids` and `labels`, both int64 [batch, max_length].
 

@@ -104,7 +104,7 @@ class RunLog:
 
 def make_run_folder(folder: Path, fresh: bool) -> None:
     """Make the run folder. fresh: begin a new run, so it must not hold one yet. Raises UserError where it cannot be used."""
-    if fresh and (folder / METRICS).exists():
+    if fresh and (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
         raise UserError(f"{folder} already holds a run: go on with it by --continue_from auto, or give another --name or --save_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)

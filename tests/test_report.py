@@ -91,7 +91,7 @@ def write_run(folder, name, lines, modules=(), arguments=None, summary=True):
         "git_commit": "abc123", "parameters": 9_612_345, "started": "2026-01-01T00:00:00",
     }  # fmt: skip
     if summary:
-        info["summary"] = {"tokens_per_second": 5123.4, "analysis_seconds": 12.0, "analysis_share": 0.0123}
+        info["summary"] = {"tokens_per_second": 5123.4, "analyses": 20, "analysis_seconds": 12.0, "analysis_share": 0.0123}
     (folder / "run.json").write_text(json.dumps(info))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if modules:
@@ -227,7 +227,7 @@ def test_page_holds_the_numbers_of_the_run(page_of):
     assert f"reference perplexity ¹ {final['reference_perplexity']:.2f}" in words
     assert "tokens seen 131,072,000 " in words
     assert "tokens per second 5,123 " in words
-    assert "seconds of one analysis 0.571 " in words  # 12 s over 21 analyses
+    assert "seconds of one analysis 0.6 " in words  # 12 s over 20 analyses
     assert "analysis, share of the run 1.2 % " in words
     lead = "llama_9m · 9.61M parameters · decay by module (alpha, tb_linear_map, 0.6666 η to 3 η) · adam · η = 1e-05 · 1,000 updates"
     assert f"{lead} · 131M tokens · cpu" in words
@@ -341,7 +341,7 @@ def test_comparison_sets_runs_side_by_side(tmp_path):
     second = write_run(tmp_path / "b", "uniform", metrics(1000, 10, 100, floor=3.4, seed=1), arguments={"seed": 6})
     path = report.write_report(first, second)
     text, words = parsed(path)
-    assert "share" in words and "5,123 0.571 1.2 %" in words and "5,123 – –" in words  # a uniform run has no analysis to time
+    assert "share" in words and "5,123 0.6 1.2 %" in words and "5,123 – –" in words  # a uniform run has no analysis to time
     assert path == first / "comparison.html" and not (first / "report.html").exists()
     assert text.count("<svg ") == 1
     for label, floor, seed in (("AlphaDecay", 3.3, 0), ("uniform", 3.4, 1)):

@@ -124,3 +124,9 @@ def test_stream_begins_again_with_a_warning(tokenizer):
 def test_empty_stream(tokenizer):
     with pytest.raises(UserError, match="holds no document"):
         next(StreamedRows([], tokenizer, LENGTH).batches([0], 2))
+
+
+def test_unigram_entropy():
+    tokens = np.array([3] * 4 + [5] * 2 + [1] * 2, np.uint16)
+    rows = Rows(tokens, np.array([0, 3, 8]), 4, 0, 1)
+    assert rows.unigram_entropy() == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(4))

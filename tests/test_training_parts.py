@@ -1,0 +1,245 @@
+"""Schedule, evaluation, optimizer, arguments and checkpoints, each alone."""
+
+import contextlib
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+import torchrun_main
+from peft_pretraining import checkpoint
+from peft_pretraining.distributed import Ranks
+from peft_pretraining.errors import UserError
+from peft_pretraining.evaluation import evaluate
+from peft_pretraining.modeling_llama import build_model
+from peft_pretraining.optimizer import build_optimizer
+from peft_pretraining.run_log import append_json, carry_records
+from peft_pretraining.schedule import lr_factor
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def small_model():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return build_model(transformers.LlamaConfig(**sizes, pad_token_id=None))
+
+
+# ---------------------------------------------------------------------------------------------------------------- schedule
+
+
+def test_cosine():
+    factors = [lr_factor(u, "cosine", 100, 10, 0.1) for u in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[99] == pytest.approx(0.1)
+    assert factors[54] == pytest.approx(0.55)  # halfway
+    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+
+
+def test_linear():
+    factors = [lr_factor(u, "linear", 100, 0, 0.0) for u in (1, 50, 100)]
+    assert factors == pytest.approx([0.99, 0.5, 0.0])
+
+
+def test_restarts():
+    factors = [lr_factor(u, "cosine_restarts", 100, 10, 0.1, 30) for u in (11, 26, 40, 41, 71)]
+    assert factors == pytest.approx([1.0, 0.55, 0.1 + 0.9 * (1 + math.cos(math.pi * 29 / 30)) / 2, 1.0, 1.0])
+
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_perplexity_counts_every_target_once():
+    """Pads, a short last batch, and the published code's count that starts at 1."""
+    model = small_model()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for rows in (4, 4, 1):
+        ids = torch.randint(64, (rows, 10), generator=generator)
+        labels = ids.clone()
+        for row in range(rows):
+            labels[row, int(torch.randint(1, 11, (), generator=generator)) :] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    losses, means = [], []
+    with torch.no_grad():
+        for batch in batches:
+            log_p = model(batch["input_ids"]).log_softmax(-1)
+            targets = [(r, t) for r, row in enumerate(batch["labels"]) for t in range(1, 10) if row[t] != -100]
+            batch_losses = [-float(log_p[r, t - 1, batch["labels"][r, t]]) for r, t in targets]
+            losses += batch_losses
+            means.append(sum(batch_losses) / max(1, len(batch_losses)))
+    result = evaluate(model, batches, ALONE, contextlib.nullcontext())
+    assert result["eval_tokens"] == len(losses)
+    assert result["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+    assert result["reference_perplexity"] == pytest.approx(math.exp(sum(means) / 4), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- optimizer
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_decay_is_not_rounded_away_in_bfloat16(name):
+    """With lr * weight_decay far below bfloat16's resolution the fused kernel still lets the decay act on the moments'
+    side (adam) or in float32 (adamw) beside the update."""
+    plain, decayed = ([torch.nn.Parameter(torch.linspace(0.5, 2, 512).to(torch.bfloat16))] for _ in range(2))
+    for parameters, decay in ((plain, 0.0), (decayed, 0.1)):
+        optimizer = build_optimizer(name, [{"params": parameters, "weight_decay": decay}], lr=1e-2)
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            parameters[0].grad = torch.randn(512, generator=generator).to(torch.bfloat16)
+            optimizer.step()
+    assert float(decayed[0].detach().float().norm()) < float(plain[0].detach().float().norm())
+
+
+# --------------------------------------------------------------------------------------------------------------- arguments
+
+
+def arguments(monkeypatch, *words, world_size=1):
+    monkeypatch.setattr("sys.argv", ["torchrun_main.py", "--model_config", "configs/llama_60m.json", *words])
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    return torchrun_main.parse_arguments()
+
+
+def test_defaults_are_the_published_settings(monkeypatch):
+    args = arguments(monkeypatch, world_size=2)
+    expected = dict(
+        optimizer="adam", lr=1e-3, weight_decay=1e-5, total_batch_size=512, batch_size=256, gradient_accumulation=1, max_length=256,
+        num_training_steps=10_000, warmup_steps=1_000, scheduler="cosine", min_lr_ratio=0.1, dtype="bfloat16", grad_clipping=0.0,
+        dataset="c4", tokenizer="t5-base", seed=5, unbalancedWD_every=500, esd_metric_for_tb="alpha", assign_func="tb_linear_map",
+        wd_min_ratio=0.6666, wd_max_ratio=3.0, pl_fitting="median", xmin_pos=2.0, filter_zeros=False, remove_first_layer=True,
+        remove_last_layer=True, batchnorm=True, batchnorm_type="name", balance_scope="reference", use_modulewise_wd=False,
+        alpha_positively_with_WD=False, use_AWD_NeurIPS2023=False, single_cuda=False, name="llama_60m-uniform-adam-lr0.001-wd1e-05-seed5",
+        save_dir="runs/llama_60m-uniform-adam-lr0.001-wd1e-05-seed5",
+    )  # fmt: skip
+    assert {k: getattr(args, k) for k in expected} == expected
+
+
+def test_batch_sizes_follow_from_each_other(monkeypatch):
+    args = arguments(monkeypatch, "--batch_size", "8", "--gradient_accumulation", "3", world_size=2)
+    assert args.total_batch_size == 48
+    args = arguments(monkeypatch, "--batch_size", "8", "--total_batch_size", "64", world_size=4)
+    assert args.gradient_accumulation == 2
+
+
+def test_max_train_tokens(monkeypatch):
+    assert arguments(monkeypatch, "--max_train_tokens", "100M").num_training_steps == 100_000_000 // (512 * 256)
+    assert arguments(monkeypatch, "--max_train_tokens", "1B").num_training_steps == 1_000_000_000 // (512 * 256)
+    assert arguments(monkeypatch, "--max_train_tokens", "2_000_000").num_training_steps == 15
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--batch_size 100", "--total_batch_size 512 is not a multiple of --batch_size 100"),
+        ("--batch_size 8 --total_batch_size 64 --gradient_accumulation 3", "contradicts the batch sizes"),
+        ("--num_training_steps 0", "--num_training_steps 0: it must be above 0"),
+        ("--num_training_steps -5", "--num_training_steps -5: it must be above 0"),
+        ("--num_training_steps ten", "invalid int value: 'ten'"),
+        ("--batch_size 0", "--batch_size 0: it must be above 0"),
+        ("--warmup_steps 20000", "--warmup_steps 20000 is more than --num_training_steps 10000"),
+        ("--max_train_tokens lots", "'lots' is no number of tokens"),
+        ("--max_train_tokens 5", "less than one update"),
+        ("--max_train_tokens 1B --num_training_steps 5", "exclude each other"),
+        ("--use_modulewise_wd --wd_min_ratio 3 --wd_max_ratio 1", "--wd_min_ratio 3.0 is above --wd_max_ratio 1.0: swap them"),
+        ("--esd_metric_for_tb beta", "invalid choice: 'beta' .choose from '?alpha"),
+        ("--assign_func cubic", "invalid choice: 'cubic' .choose from '?tb_linear_map"),
+        ("--remove_first_layer yes", "'yes' is neither true nor false"),
+        ("--scheduler cosine_restarts", "needs --cycle_length"),
+        ("--weight_decay -1", "--weight_decay -1.0: it must be 0 or more"),
+        ("--lr nan", "--lr nan: it must be above 0"),
+        ("--optimiser adam", "unrecognized arguments: --optimiser adam"),
+    ],
+)
+def test_bad_arguments(monkeypatch, words, message):
+    with pytest.raises(UserError, match=message):
+        arguments(monkeypatch, *words.split())
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints and records
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = small_model()
+    optimizer = build_optimizer("adam", [{"params": list(model.parameters()), "weight_decay": 0.1}], 1e-3)
+    model(torch.arange(20)[None], torch.arange(20)[None]).backward()
+    optimizer.step()
+    folder = tmp_path / "run/checkpoints/model_10"
+    checkpoint.save_checkpoint(folder, model, optimizer, {"progress": {"update_step": 10}}, None, ALONE)
+    return folder, model, optimizer
+
+
+def test_checkpoint_round_trip(saved):
+    folder, model, optimizer = saved
+    expected = torch.rand(3)
+    other = small_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    # Cut into other groups: state goes by the parameter's name.
+    other_optimizer = build_optimizer("adam", [{"params": [p], "weight_decay": 0.1} for p in other.parameters()], 1e-3)
+    assert checkpoint.load_checkpoint(folder, other, other_optimizer, ALONE) == {"progress": {"update_step": 10}}
+    assert torch.equal(torch.rand(3), expected)  # the random state of the moment of saving
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert all(torch.equal(v, other_optimizer.state[b][k]) for k, v in optimizer.state[a].items())
+
+
+@pytest.mark.parametrize("harm", ["missing", "empty", "cut", "flipped"])
+def test_a_damaged_file_is_named(saved, harm):
+    folder, model, optimizer = saved
+    for name in [*json.loads((folder / "manifest.json").read_text()), "manifest.json"]:
+        path = folder / name
+        content = path.read_bytes()
+        harms = {"empty": b"", "cut": content[: len(content) // 2], "flipped": bytes([content[0] ^ 1]) + content[1:]}
+        path.unlink() if harm == "missing" else path.write_bytes(harms[harm])
+        with pytest.raises(UserError, match=f"{name}.*continue from an older checkpoint"):
+            checkpoint.load_checkpoint(folder, model, optimizer, ALONE)
+        path.write_bytes(content)
+    checkpoint.load_checkpoint(folder, model, optimizer, ALONE)
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved):
+    folder, _, _ = saved
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = build_model(transformers.LlamaConfig(**sizes, pad_token_id=None))
+    with pytest.raises(UserError, match="trained with hidden_size 16, but the model config says 32"):
+        checkpoint.load_checkpoint(folder, model, build_optimizer("adam", [{"params": list(model.parameters())}], 1), ALONE)
+
+
+def test_finding_checkpoints(saved):
+    folder, model, optimizer = saved
+    run = folder.parents[1]
+    checkpoint.save_checkpoint(run / "checkpoints/model_9", model, optimizer, {}, None, ALONE)
+    (run / "checkpoints/model_20.tmp").mkdir()
+    (run / "checkpoints/model_30").mkdir()  # no manifest: not whole
+    assert checkpoint.find_checkpoint("auto", run) == folder
+    assert checkpoint.find_checkpoint(str(run), run) == folder
+    assert checkpoint.find_checkpoint(str(run / "checkpoints/model_9"), run).name == "model_9"
+    assert checkpoint.find_checkpoint("auto", run / "nothing") is None
+    with pytest.raises(UserError, match="no checkpoint there"):
+        checkpoint.find_checkpoint(str(run / "nothing"), run)
+
+
+def test_tied_head_is_saved_once(tmp_path):
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = build_model(transformers.LlamaConfig(**sizes, pad_token_id=None, tie_word_embeddings=True))
+    optimizer = build_optimizer("adam", [{"params": list(model.parameters())}], 1e-3)
+    checkpoint.save_checkpoint(tmp_path / "model_1", model, optimizer, {}, None, ALONE)
+    checkpoint.load_checkpoint(tmp_path / "model_1", model, optimizer, ALONE)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model_1")
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_records_are_cut_at_the_checkpoint(tmp_path):
+    (tmp_path / "a").mkdir()
+    append_json(tmp_path / "a/metrics.jsonl", [{"update_step": i} for i in range(6)])
+    append_json(tmp_path / "a/modules.jsonl", [{"step": i} for i in (0, 3, 6)])
+    with (tmp_path / "a/metrics.jsonl").open("a") as file:
+        file.write('{"update_step": 2')  # torn
+    carry_records(tmp_path / "a", tmp_path / "b", 3)
+    assert [json.loads(x)["update_step"] for x in (tmp_path / "b/metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    assert [json.loads(x)["step"] for x in (tmp_path / "b/modules.jsonl").read_text().splitlines()] == [0, 3]
