@@ -9,7 +9,6 @@ arguments, set-up, the training loop, the end.
 
 import argparse
 import contextlib
-import math
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,15 @@ from loguru import logger
 from alphadecay.flags import add_flags, decay_from_flags
 from peft_pretraining import run_log
 from peft_pretraining.arguments import complete, llama_parser
-from peft_pretraining.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, seed_random_generators, step_of
+from peft_pretraining.checkpoint import (
+    checkpoints_of,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    seed_random_generators,
+    set_aside_newer,
+    step_of,
+)
 from peft_pretraining.data import load_data, training_batches, validation_batches
 from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
 from peft_pretraining.errors import UserError
@@ -57,10 +64,16 @@ def main() -> None:
         done = step_of(checkpoint) if checkpoint else 0
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
+            if ranks.is_main:
+                write_report(run_folder)  # it may have been killed just before its end
             return
         if ranks.is_main:
-            own = args.continue_from == "auto" or (checkpoint and checkpoint.parents[1].resolve() == run_folder.resolve())
-            run_log.make_run_folder(run_folder, fresh=not own)
+            # A folder without a checkpoint of its own has nothing to lose but the records of a run that must begin again.
+            begun_again = bool(args.continue_from) and not checkpoints_of(run_folder)
+            own = args.continue_from == "auto" or checkpoint and checkpoint.parents[1] == run_folder.resolve()
+            run_log.make_run_folder(run_folder, fresh=not (own or begun_again))
+            if args.continue_from == "auto" and not checkpoint:
+                logger.info(f"no checkpoint in {run_folder} yet: training from the start")
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
@@ -88,9 +101,10 @@ def main() -> None:
             progress = resume(checkpoint, args, model, optimizer, decay, data.fingerprint, ranks)
         if ranks.is_main:  # a run that went on past its checkpoint, or never had one, has records that will be made again
             run_log.carry_records(checkpoint.parents[1] if checkpoint else run_folder, run_folder, done if checkpoint else -1)
+            for newer in set_aside_newer(run_folder, done):
+                logger.warning(f"{newer} is of the history that ends here: renamed to {newer.name}.abandoned")
         description = {"name": args.name, "arguments": vars(args), "model_config": config.to_dict(), "parameters": parameters}
-        tags = [tag for tag in args.tags.split(",") if tag]
-        log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, tags)
+        log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, args.tags)
         train(args, model, optimizer, decay, data, progress, log, ranks)
 
 
@@ -132,6 +146,7 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
     log.modules(decay.history if decay else [])
     log.start_bar(args.num_training_steps, progress["update_step"])
     tokens_seen = torch.tensor(progress["tokens_seen"], device=ranks.device)
+    sound = torch.ones((), dtype=torch.bool, device=ranks.device)  # every loss and gradient so far was finite, on all ranks
     clock = Clock(progress["tokens_seen"])
 
     for update in range(progress["update_step"] + 1, args.num_training_steps + 1):
@@ -139,6 +154,7 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
         loss, n_tokens = forward_backward(parallel, next(steps), autocast, ranks)
         tokens_seen += n_tokens
         norm = clip_gradients(model, args.grad_clipping)
+        sound &= torch.isfinite(norm)  # gradients are summed over the ranks, so one rank's NaN is everyone's
 
         # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
         before = time.perf_counter()
@@ -153,17 +169,20 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
         log.advance()
 
         last = update == args.num_training_steps
-        if update % args.log_every == 0 or last or update == 1:
-            loss, seen = float(ranks.sum(loss)), int(tokens_seen)  # the only numbers the step waits for
-            if not math.isfinite(loss):
-                raise UserError(f"the loss of update {update} is {loss}: lower --lr or set --grad_clipping 1.0; saved checkpoints stay")
+        logs, evaluates, saves = (last or update % every == 0 for every in (args.log_every, args.eval_every, args.save_every))
+        if (logs or evaluates or saves) and not sound:
+            raise UserError(
+                f"a gradient up to update {update} was not finite: lower --lr or set --grad_clipping 1.0 (nothing of it is saved)"
+            )
+        if logs or update == 1:
+            loss, seen = float(ranks.sum(loss)), int(tokens_seen)  # the only numbers that the step waits for
             record = {"update_step": update, "loss": loss, "lr": args.lr * factor, "weight_decay": mean_decay(optimizer)}
             record |= {"grad_norm": float(norm), "tokens_seen": seen} | clock.rates(update, seen, args.total_batch_size)
             log.metrics(record)
-        if update % args.eval_every == 0 or last:
+        if evaluates:
             with clock.pause():
                 evaluate_and_log(args, model, data, update, autocast, log, ranks)
-        if update % args.save_every == 0 or last:
+        if saves:
             with clock.pause():
                 save(args, model, optimizer, decay, data, {"update_step": update, "tokens_seen": int(tokens_seen)}, ranks)
     finish(clock, log, ranks)
@@ -217,10 +236,10 @@ def save(args, model: nn.Module, optimizer, decay, data, progress: dict, ranks: 
 
 # Arguments that a resumed run must share with the checkpoint to be the same run.
 DECIDES_THE_FUTURE = (
-    "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps", "scheduler", "cycle_length",
-    "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD", "unbalancedWD_every",
-    "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos", "filter_zeros",
-    "remove_first_layer", "remove_last_layer", "balance_scope", "use_AWD_NeurIPS2023",
+    "use_hf_model", "optimizer", "lr", "weight_decay", "batch_size", "total_batch_size", "num_training_steps", "warmup_steps",
+    "scheduler", "cycle_length", "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD",
+    "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos",
+    "filter_zeros", "remove_first_layer", "remove_last_layer", "balance_scope", "esd_async", "esd_lag", "use_AWD_NeurIPS2023",
 )  # fmt: skip
 
 

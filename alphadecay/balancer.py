@@ -2,6 +2,8 @@
 
 import logging
 import math
+import threading
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -10,10 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alphadecay.assignment import MAPS, assign_decays
+from alphadecay.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import BalancedModule, balanced_modules, batchnorm_followers, unwrap
 from alphadecay.power_law import METHODS
-from alphadecay.sharding import assign_owners, gather_rows, rank_and_size
-from alphadecay.statistics import COLUMNS, FAILURES, METRICS, module_row
+from alphadecay.sharding import assign_owners, check_agreement, gather_rows, is_sharded, rank_and_size, whole_weight
+from alphadecay.statistics import COLUMNS, FAILURES, METRICS, TIMED_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +44,18 @@ class AlphaDecay:
         scope, remove_first, remove_last: which modules are balanced, see `balanced_modules`.
         batchnorm, batchnorm_type: whether and how BatchNorm2d follows its convolution, see `batchnorm_followers`.
         process_group: the ranks that share the analysis; None: all of them, if torch.distributed is initialised.
+        lag: 0: an analysis ends before `step` returns, as published. Above 0: it runs beside the training, on a copy of this rank's
+            share of the weights, and its decays take effect `lag` updates later (on all ranks in the same update, waiting if need
+            be), so `lag` must be below `every`.
+        timeout: seconds that the analysis of one module may take; a module that takes longer keeps its decay.
 
     Attributes:
         weight_decays: name of each balanced module -> its decay now.
         history: one dictionary for each balanced module and update of the decays: step (the first update that uses
             them, counted from 1; 0 for those from construction), module, type, block, the statistics (None where not
             computed), score, weight_decay, reason (why the module kept its previous decay, else None).
+
+    With a gradient scaler call `step` after `scaler.unscale_(optimizer)`, so that `gradnorm` sees the true gradients.
 
     Raises ValueError for settings that do not go together, with what to give instead.
     """
@@ -71,8 +80,10 @@ class AlphaDecay:
         batchnorm: bool = True,
         batchnorm_type: str = "name",
         process_group: dist.ProcessGroup | None = None,
+        lag: int = 0,
+        timeout: float = 600.0,
     ):
-        _check_settings(weight_decay, min_ratio, max_ratio, every)
+        _check_settings(weight_decay, min_ratio, max_ratio, every, lag)
         _check_choice("metric", metric, METRICS)
         _check_choice("map", mapping, MAPS)
         _check_choice("fit", method, METHODS)
@@ -87,6 +98,9 @@ class AlphaDecay:
         self._map = {"mapping": mapping, "min_ratio": min_ratio, "max_ratio": max_ratio, "positive": positive}
         self._fit = {"method": method, "xmin_pos": xmin_pos, "filter_zeros": filter_zeros}
         self._group = process_group
+        self._lag = lag
+        self._engine = SpectralEngine(timeout)
+        self._pending: _Pending | None = None
         limit = {"min_eigenvalues": 0} if metric == "gradnorm" else {}
         self.modules = balanced_modules(self.model, scope, remove_first, remove_last, **limit)
         if not self.modules:
@@ -94,10 +108,14 @@ class AlphaDecay:
                 "the model has no module to balance: none with 50 eigenvalues or more is left after the first and the last "
                 "were removed; use a larger model, or remove_first=False, remove_last=False or scope='all_blocks'"
             )
+        self._check_ranks()
+        rank, world_size = rank_and_size(process_group)
+        self._owners = assign_owners([m.cost for m in self.modules], world_size)
+        self._owned = [i for i, owner in enumerate(self._owners) if owner == rank]
         self._followers = batchnorm_followers(self.model, self.modules, batchnorm_type) if batchnorm else {}
         self.weight_decays = {m.name: float(weight_decay) for m in self.modules}
         self._written = True  # param_groups() and attach() hand out the decays of construction themselves
-        self._rebalance()
+        self._rebalance(self._gather(self._analyze(*self._snapshot())))
 
     def param_groups(self) -> list[dict]:
         """Parameter groups for an optimizer: one for each balanced module, holding its own parameters (and those of the
@@ -117,10 +135,11 @@ class AlphaDecay:
         group at its own weight decay; so does a balanced module's bias that the group of its weight does not hold.
 
         Raises:
-            ValueError: the optimizer holds a parameter that is not the model's, lacks a balanced weight, is attached
+            ValueError: the optimizer has no weight decay, holds a parameter that is not the model's, lacks a balanced weight, is attached
                 already, or a learning-rate scheduler has already been built on it.
         """
         groups = optimizer.param_groups
+        _check_decays(optimizer)
         if any("module" in group for group in groups):
             raise ValueError("the optimizer's groups are named by module already: attach once, and not after param_groups()")
         if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
@@ -142,16 +161,28 @@ class AlphaDecay:
         Returns True where the decays were rebalanced. Raises ValueError where a balanced module has no group of its own.
         """
         self.updates += 1
-        due = self.updates % self.every == 0
-        if due:
-            self._rebalance()
-        if due or not self._written:
+        rebalanced = False
+        if self._pending is not None and self.updates >= self._pending.update + self._lag:
+            self._rebalance(self._finish_pending())
+            self._pending = None
+            rebalanced = True
+        if self.updates % self.every == 0:
+            if self._lag:
+                self._pending = self._launch()
+            else:
+                self._rebalance(self._gather(self._analyze(*self._snapshot())))
+                rebalanced = True
+        if rebalanced or not self._written:
             self._write(optimizer)
-        return due
+        return rebalanced
 
     def state_dict(self) -> dict:
-        """What decides the future: the number of updates and the decays by module name."""
-        return {"updates": self.updates, "weight_decays": dict(self.weight_decays)}
+        """What decides the future: the number of updates and the decays by module name. With `lag` above 0 also the statistics of an
+        analysis under way, for which this waits, and all ranks must call it together."""
+        state = {"updates": self.updates, "weight_decays": dict(self.weight_decays)}
+        if self._pending is not None:
+            state["pending"] = {"update": self._pending.update, "rows": self._finish_pending().tolist()}
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a `state_dict()`. The optimizer's groups get the decays at the next `step`. `history` is kept.
@@ -168,11 +199,12 @@ class AlphaDecay:
         self.updates = state["updates"]
         self.weight_decays = {name: state["weight_decays"][name] for name in self.weight_decays}
         self._written = False
+        pending = state.get("pending")
+        self._pending = _Pending(pending["update"], torch.tensor(pending["rows"], dtype=torch.float64)) if pending else None
 
-    def _rebalance(self) -> None:
-        """Analyse, turn scores into decays and note both in the history. A module that fails keeps its decay."""
-        with torch.no_grad():
-            rows, failures = self._analyze()
+    def _rebalance(self, table: Tensor) -> None:
+        """Turn statistics [M, columns and failure code] into decays and note both in the history. A module that failed keeps its decay."""
+        rows, failures = table[:, :-1], table[:, -1].int().tolist()
         score = COLUMNS.index(self.metric)
         reasons = [FAILURES[code] for code in failures]
         sound = [i for i, reason in enumerate(reasons) if reason is None]
@@ -189,18 +221,50 @@ class AlphaDecay:
             if reason and rank_and_size(self._group)[0] == 0:
                 logger.warning("update %d: %s keeps its weight decay: %s", self.updates, module.name, reason)
 
-    def _analyze(self) -> tuple[Tensor, list[int]]:
-        """Statistics of every balanced module, each computed by its owner: [M, len(COLUMNS)] float64, and failure codes."""
-        rank, world_size = rank_and_size(self._group)
-        owners = assign_owners([m.cost for m in self.modules], world_size)
-        owned = [i for i, owner in enumerate(owners) if owner == rank]
-        rows = torch.zeros(len(self.modules), len(COLUMNS) + 1, dtype=torch.float64)
-        for i in owned:
-            weight = self.modules[i].weight
-            row, failure = module_row(weight, weight.grad, self.metric, **self._fit)
-            rows[i] = torch.tensor([*row.values(), failure], dtype=torch.float64)
-        rows = gather_rows(rows, owned, self.modules[0].weight.device, self._group)
-        return rows[:, :-1], rows[:, -1].int().tolist()
+    def _snapshot(self) -> tuple[list[Tensor], list[float]]:
+        """Weights of the modules that this rank analyses, whole, and the norms of their gradients."""
+        norms = gradient_norms([m.weight for m in self.modules])
+        if self.metric == "gradnorm":
+            return [], [norms[i] for i in self._owned]
+        whole = [whole_weight(m.weight, owner, self._group) for m, owner in zip(self.modules, self._owners, strict=True)]
+        return [whole[i] for i in self._owned], [norms[i] for i in self._owned]
+
+    def _analyze(self, weights: list[Tensor], norms: list[float], background: bool = False) -> Tensor:
+        """Statistics and failure code of the modules that this rank owns, zeros for the others: [M, columns + 1] float64."""
+        table = torch.zeros(len(self.modules), len(COLUMNS) + 1, dtype=torch.float64)
+        rows = self._engine.rows(weights, norms, self.metric, background=background, **self._fit)
+        for i, (row, failure) in zip(self._owned, rows, strict=True):
+            table[i] = torch.tensor([*row.values(), failure], dtype=torch.float64)
+        return table
+
+    def _gather(self, table: Tensor) -> Tensor:
+        return gather_rows(table, self._owned, self.modules[0].weight.device, self._group)
+
+    def _launch(self) -> "_Pending":
+        """Begin an analysis of the weights of now, beside the training."""
+        weights, norms = self._snapshot()
+        # A sharded weight has just been put together for this; any other is the parameter itself, which training goes on to change.
+        copies = [w if is_sharded(self.modules[i].weight) else w.clone() for w, i in zip(weights, self._owned, strict=False)]
+        pending = _Pending(self.updates)
+        pending.start(lambda: self._analyze(copies, norms, background=True), copies)
+        return pending
+
+    def _finish_pending(self) -> Tensor:
+        """The table of the analysis under way, the same on all ranks; waits for it."""
+        if self._pending.table is None:
+            mine = self._pending.wait(self._engine.timeout)
+            if mine is None:
+                mine = torch.full((len(self.modules), len(COLUMNS) + 1), math.nan, dtype=torch.float64)
+                mine[:, -1] = TIMED_OUT
+            self._pending.table = self._gather(mine)
+        return self._pending.table
+
+    def _check_ranks(self) -> None:
+        """Every rank must analyse the same modules at the same updates on the same kind of device."""
+        settings = {"every": self.every, "lag": self._lag, "metric": self.metric, "eta": self.weight_decay} | self._map | self._fit
+        device = f"device {self.modules[0].weight.device.type}"
+        modules = [f"{m.name} {tuple(m.weight.shape)}" for m in self.modules]
+        check_agreement([device, *(f"{k}={v}" for k, v in settings.items()), *modules], self._group)
 
     def _record(self, module: BalancedModule, row: list[float], reason: str | None, score: float) -> dict:
         number = {name: None if math.isnan(value) else value for name, value in zip(COLUMNS, row, strict=True)}
@@ -241,6 +305,7 @@ class AlphaDecay:
                 raise ValueError(f"the optimizer does not hold the weight of {module.name}: build it with all of the model's parameters")
 
     def _write(self, optimizer: Optimizer) -> None:
+        _check_decays(optimizer)
         groups = {group["module"]: group for group in optimizer.param_groups if group.get("module") is not None}
         for name, decay in self.weight_decays.items():
             if name not in groups:
@@ -249,6 +314,38 @@ class AlphaDecay:
                 )
             groups[name]["weight_decay"] = decay
         self._written = True
+
+
+class _Pending:
+    """An analysis that runs on a thread of its own. update: the one whose weights it sees; table: its result on all ranks."""
+
+    def __init__(self, update: int, table: Tensor | None = None):
+        self.update, self.table = update, table
+        self._result: list[Tensor] = []
+        self._thread: threading.Thread | None = None
+
+    def start(self, analyze: Callable[[], Tensor], copies: list[Tensor]) -> None:
+        """Run `analyze`; on a GPU on a stream of its own, which first waits for the copies to be made."""
+        stream = torch.cuda.Stream(copies[0].device) if copies and copies[0].is_cuda else None
+
+        def run() -> None:
+            if stream is None:
+                self._result.append(analyze())
+                return
+            with torch.cuda.stream(stream):
+                self._result.append(analyze())
+
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(copies[0].device))
+            for copy in copies:
+                copy.record_stream(stream)
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float) -> Tensor | None:
+        """This rank's table; None where it does not come in time."""
+        self._thread.join(timeout)
+        return self._result[0] if self._result else None
 
 
 def _part(group: dict, names: list[str | None], name: str | None) -> dict:
@@ -260,13 +357,20 @@ def _part(group: dict, names: list[str | None], name: str | None) -> dict:
     return part
 
 
-def _check_settings(weight_decay: float, min_ratio: float, max_ratio: float, every: int) -> None:
+def _check_decays(optimizer: Optimizer) -> None:
+    if "weight_decay" not in optimizer.defaults:
+        raise ValueError(f"{type(optimizer).__name__} has no weight decay: use an optimizer that has, such as AdamW")
+
+
+def _check_settings(weight_decay: float, min_ratio: float, max_ratio: float, every: int, lag: int) -> None:
     if not (weight_decay >= 0 and math.isfinite(weight_decay)):
         raise ValueError(f"weight_decay is {weight_decay}: it must be a finite number, 0 or more")
     if not 0 <= min_ratio <= max_ratio or not math.isfinite(max_ratio):
         raise ValueError(f"the ratios are out of order: 0 <= min_ratio <= max_ratio must hold, not {min_ratio} and {max_ratio}")
     if not (isinstance(every, int) and every >= 1):
         raise ValueError(f"every is {every}: it must be a whole number of updates, 1 or more")
+    if not 0 <= lag < every:
+        raise ValueError(f"lag is {lag}: an analysis must end before the next one begins, so 0 <= lag < every ({every}) must hold")
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

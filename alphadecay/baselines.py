@@ -1,5 +1,7 @@
 """Baselines with the interface of AlphaDecay."""
 
+import math
+
 import torch
 import torch.nn as nn
 from torch.optim import Optimizer
@@ -32,13 +34,15 @@ class AWD:
         return [{"params": parameters, "weight_decay": self.average}]
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Update the decay from the gradients and write it to every group. Call before `optimizer.step()`."""
+        """Update the decay from the gradients (unscaled) and write it to every group. Call before `optimizer.step()`."""
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
         if with_gradient:
-            weights = torch._foreach_norm([p.detach() for p in self.model.parameters() if p.requires_grad])
-            gradients = torch._foreach_norm([p.grad for p in with_gradient])
-            ratio = _norm_of_norms(gradients) / _norm_of_norms(weights)
-            self.average = 0.1 * self.average + 0.9 * self.lambda_awd * float(ratio)  # the step's only wait for the device
+            weights = _total_norm([p.detach() for p in self.model.parameters() if p.requires_grad])
+            gradients = _total_norm([p.grad for p in with_gradient])
+            ratio = gradients / weights
+            ratio = float(ratio)  # the step's only wait for the device
+            if math.isfinite(ratio):  # a step with an infinite gradient, which a gradient scaler will skip, must not stay in the mean
+                self.average = 0.1 * self.average + 0.9 * self.lambda_awd * ratio
         for group in optimizer.param_groups:
             group["weight_decay"] = self.average
         return False
@@ -52,5 +56,6 @@ class AWD:
         self.average = state["average"]
 
 
-def _norm_of_norms(norms: list[torch.Tensor]) -> torch.Tensor:
-    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm of all tensors together, in float32 whatever their dtype."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)))

@@ -39,6 +39,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--batchnorm", type=true_or_false, default=True, metavar="BOOL", help="BatchNorm2d follows its convolution's decay")
     g.add_argument("--batchnorm_type", choices=BATCHNORM_TYPES, default="name", help="which one: of its name, or the nearest before it")
     g.add_argument("--balance_scope", choices=SCOPES, default="reference", help="all_blocks: every projection of every block")
+    g.add_argument("--esd_async", action="store_true", help="analyse beside the training; the decays take effect --esd_lag updates later")
+    g.add_argument("--esd_lag", type=int, default=10, metavar="N", help="of --esd_async: updates until the decays take effect (default 10)")
     g.add_argument("--use_AWD_NeurIPS2023", action="store_true", help="baseline: adaptive weight decay (Ghiasi et al. 2023)")
 
 
@@ -67,4 +69,5 @@ def decay_from_flags(args: argparse.Namespace, model: nn.Module, awd_factor: flo
         remove_last=args.remove_last_layer,
         batchnorm=args.batchnorm,
         batchnorm_type=args.batchnorm_type,
+        lag=args.esd_lag if args.esd_async else 0,
     )

@@ -48,10 +48,14 @@ def clean_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or DataParallel."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return model
+    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper, in any order."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def block_of(name: str) -> str | None:
@@ -61,7 +65,10 @@ def block_of(name: str) -> str | None:
 
 
 def spectral_modules(model: nn.Module) -> list[BalancedModule]:
-    """Every nn.Linear, nn.Conv2d and transformers' Conv1D in `named_modules()` order, a shared weight once."""
+    """Every nn.Linear, nn.Conv2d and transformers' Conv1D in `named_modules()` order, a shared weight once.
+
+    Not among them: weights behind a parametrisation (weight_norm), and packed ones such as MultiheadAttention's `in_proj_weight`.
+    """
     found: dict[int, BalancedModule] = {}
     for name, module in unwrap(model).named_modules():
         if _has_spectrum(module):
@@ -122,4 +129,7 @@ def batchnorm_followers(model: nn.Module, balanced: list[BalancedModule], kind: 
 def _has_spectrum(module: nn.Module) -> bool:
     # transformers' Conv1D is known by its name: this package does not import transformers.
     conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or conv1d
+    # A parametrised weight (weight_norm) is no parameter of the optimizer, and a lazy one has no values yet.
+    weight = module._parameters.get("weight")
+    known = weight is not None and not nn.parameter.is_lazy(weight)
+    return known and (isinstance(module, (nn.Linear, nn.Conv2d)) or conv1d)

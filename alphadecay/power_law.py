@@ -52,7 +52,7 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
     Raises:
         UndefinedPowerLaw: the threshold is zero, the whole tail is equal, no threshold gives alpha > 1, or there are
             fewer than two eigenvalues.
-        ValueError: unknown method, or xmin_pos not above 1.
+        ValueError: unknown method, xmin_pos not above 1, or eigenvalues that do not ascend.
     """
     if method not in METHODS:
         raise ValueError(f"unknown fit {method!r}: choose one of {', '.join(METHODS)}")
@@ -61,6 +61,8 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
     values = eigenvalues.detach().to("cpu", torch.float64)
     if filter_zeros and (values > ZERO).any():
         values = values[values > ZERO]
+    if (values[1:] < values[:-1]).any():
+        raise ValueError("the eigenvalues are not in ascending order: sort them first")
     if len(values) < 2:
         raise UndefinedPowerLaw(TOO_FEW)
     if method in ("median", "median-paper"):

@@ -2,71 +2,72 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from alphadecay.power_law import UNDEFINED, UndefinedPowerLaw, fit_power_law
-from alphadecay.spectra import eigenvalues
 
 METRICS = ("alpha", "alphahat", "spectral_norm", "fnorm", "stable_rank", "entropy", "gradnorm", "gradnorm_d_weightnorm")
 COLUMNS = ("alpha", "D", *METRICS[1:])  # the order of a row
 NO_GRADIENT = 10.0  # gradnorm of a weight that has no gradient yet (the reference's value)
 EPSILON = 6e-5  # of the entropy: added to probabilities and rank, and the least singular value that counts
 # A row that could not be computed carries the index of the reason, so that ranks can exchange it as a number.
+NOT_FINITE, SOLVER_FAILED, TIMED_OUT, NO_SCORE = 1, 2, 3, 4
 FAILURES = (
     None,
     "the weight holds NaN or Inf",
     "the eigenvalue solver failed",
+    "the eigenvalue solver did not end in time",
     "the score is not finite",
     *(f"alpha is undefined: {reason}" for reason in UNDEFINED),
 )
 
 
-def module_row(weight: Tensor, gradient: Tensor | None, metric: str = "alpha", **fit: object) -> tuple[dict[str, float], int]:
+def empty_row(gradnorm: float) -> dict[str, float]:
+    """A row of which only the gradient's norm is known."""
+    return dict.fromkeys(COLUMNS, math.nan) | {"gradnorm": gradnorm}
+
+
+def unneeded_share(metric: str, method: str = "median", xmin_pos: float = 2.0, **_: object) -> float:
+    """The share of the spectrum, from below, that the metric does not read closely (`lowest` of `eigenvalues`)."""
+    if metric in ("spectral_norm", "gradnorm_d_weightnorm"):
+        return 1.0
+    if metric == "entropy" or not method.startswith("median"):
+        return 0.0
+    return 1 / xmin_pos
+
+
+def spectral_row(values: Tensor, gradnorm: float, metric: str, whole: bool = True, **fit: object) -> tuple[dict[str, float], int]:
     """Statistics of one module, as far as the metric asks for them.
 
     Args:
-        weight: [out, in] or [out, in, kh, kw].
-        gradient: the weight's gradient, or None.
-        metric: `gradnorm` computes no eigenvalue and `gradnorm_d_weightnorm` only the greatest; every other gives all.
+        values: [N], the weight's eigenvalues, ascending.
+        gradnorm: L2 norm of the weight's gradient.
+        metric: `gradnorm_d_weightnorm` reads the greatest eigenvalue only.
+        whole: whether all the values are precise. The entropy, which counts the small ones, is left out where they are not.
         fit: passed on to `fit_power_law` (method, xmin_pos, filter_zeros).
 
     Returns:
         The row, by name (NaN where not computed), and the index of its failure in `FAILURES` (0: none).
     """
-    row = dict.fromkeys(COLUMNS, math.nan)
-    row["gradnorm"] = NO_GRADIENT if gradient is None else float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64))
+    row = empty_row(gradnorm)
+    row["spectral_norm"] = float(values[-1])
+    row["gradnorm_d_weightnorm"] = gradnorm / (row["spectral_norm"] + 1e-8)
     failure = 0
-    if metric != "gradnorm":
+    if metric != "gradnorm_d_weightnorm":
+        row["fnorm"] = float(values.sum())
+        row["stable_rank"] = row["fnorm"] / row["spectral_norm"] if row["spectral_norm"] else math.nan
+        row["entropy"] = spectral_entropy(values) if whole else math.nan
         try:
-            values = eigenvalues(weight).cpu()
-        except ValueError:
-            return row, 1
-        except torch.linalg.LinAlgError:
-            return row, 2
-        row["spectral_norm"] = float(values[-1])
-        row["gradnorm_d_weightnorm"] = row["gradnorm"] / (row["spectral_norm"] + 1e-8)
-        if metric != "gradnorm_d_weightnorm":
-            failure = _fill_spectral(row, values, fit)
-    if failure and metric not in ("alpha", "alphahat"):
-        failure = 0  # alpha is undefined, but the score is another statistic
+            law = fit_power_law(values, **fit)
+            row["alpha"], row["D"] = law.alpha, law.D
+            row["alphahat"] = softplus(law.alpha * math.log10(row["spectral_norm"]))
+        except UndefinedPowerLaw as error:
+            failure = FAILURES.index(f"alpha is undefined: {error}")
+    if metric not in ("alpha", "alphahat"):
+        failure = 0  # alpha may be undefined, the score is another statistic
     if not failure and not math.isfinite(row[metric]):
-        failure = 3
+        failure = NO_SCORE
     return row, failure
-
-
-def _fill_spectral(row: dict[str, float], values: Tensor, fit: dict) -> int:
-    total, greatest = float(values.sum()), float(values[-1])
-    row["fnorm"] = total
-    row["stable_rank"] = total / greatest if greatest else math.nan
-    row["entropy"] = spectral_entropy(values)
-    try:
-        law = fit_power_law(values, **fit)
-    except UndefinedPowerLaw as error:
-        return FAILURES.index(f"alpha is undefined: {error}")
-    row["alpha"], row["D"] = law.alpha, law.D
-    row["alphahat"] = softplus(law.alpha * math.log10(greatest))
-    return 0
 
 
 def spectral_entropy(values: Tensor) -> float:

@@ -101,6 +101,9 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     args.name = args.name or args.wandb_name or settings
     args.wandb_name = args.wandb_name or args.name
     args.save_dir = args.save_dir or f"runs/{args.name}"
+    args.tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]
+    if any(len(tag) > 64 for tag in args.tags):
+        raise UserError("--tags: W&B takes tags of at most 64 characters; separate them by commas")
     return args
 
 

@@ -80,7 +80,7 @@ def find_checkpoint(place: str, run_folder: Path) -> Path | None:
     run, None if it has none yet). Raises UserError where there is none."""
     if place == "auto":
         return newest_checkpoint(run_folder)
-    folder = Path(place)
+    folder = Path(place).resolve()
     if (folder / MANIFEST).is_file() and step_of(folder) >= 0:
         return folder
     newest = newest_checkpoint(folder)
@@ -91,8 +91,23 @@ def find_checkpoint(place: str, run_folder: Path) -> Path | None:
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The checkpoint with the greatest step in `run_folder`/checkpoints."""
-    found = [p for p in (run_folder / "checkpoints").glob("model_*") if (p / MANIFEST).is_file()]
-    return max(found, key=step_of, default=None)
+    return max(checkpoints_of(run_folder), key=step_of, default=None)
+
+
+def checkpoints_of(run_folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, in no order; not those that are being written or were set aside."""
+    return [p for p in (run_folder / "checkpoints").glob("model_*") if step_of(p) >= 0 and (p / MANIFEST).is_file()]
+
+
+def set_aside_newer(run_folder: Path, step: int) -> list[Path]:
+    """A run that goes on from an older checkpoint leaves its later ones behind: rename them to model_<step>.abandoned, so that `auto`
+    does not take one of them for the newest. Returns those that were there."""
+    newer = [p for p in checkpoints_of(run_folder) if step_of(p) > step]
+    for folder in newer:
+        target = folder.with_name(folder.name + ".abandoned")
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    return newer
 
 
 def step_of(folder: Path) -> int:
@@ -134,7 +149,8 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, states:
     """The inverse of `optimizer_state_by_name`."""
     for name, parameter in model.named_parameters():
         if name in states:
-            optimizer.state[parameter] = states[name]
+            # In another --dtype the moments take the parameters'; the count of steps stays as it is.
+            optimizer.state[parameter] = {k: v.to(parameter.dtype) if v.dim() else v for k, v in states[name].items()}
 
 
 def seed_random_generators(seed: int) -> None:
@@ -180,7 +196,7 @@ def _check_config(folder: Path, model: nn.Module) -> None:
     saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
     now = model.config.to_dict()
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    for key in (*shape, "tie_word_embeddings", "rms_norm_eps"):
+    for key in (*shape, "tie_word_embeddings", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters"):
         if saved.get(key) != now.get(key):
             raise UserError(
                 f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now.get(key)}: "
@@ -195,9 +211,12 @@ def _finish(building: Path, folder: Path) -> None:
     (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")
     for path in (*files, building / MANIFEST, building / STATE, building):
         _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    previous = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        folder.rename(previous)
     building.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

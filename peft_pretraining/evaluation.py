@@ -52,4 +52,4 @@ def evaluate(
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where it overflows."""
-    return math.exp(loss) if loss < 709 else math.inf
+    return math.inf if loss > 709 else math.exp(loss)

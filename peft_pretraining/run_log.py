@@ -1,8 +1,10 @@
 """What a run tells: log lines, one progress bar, metrics.jsonl, modules.jsonl, run.json and Weights & Biases."""
 
+import functools
 import importlib.metadata
 import json
 import logging
+import math
 import netrc
 import os
 import subprocess
@@ -105,7 +107,7 @@ class RunLog:
 def make_run_folder(folder: Path, fresh: bool) -> None:
     """Make the run folder. fresh: begin a new run, so it must not hold one yet. Raises UserError where it cannot be used."""
     if fresh and (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
-        raise UserError(f"{folder} already holds a run: go on with it by --continue_from auto, or give another --name or --save_dir")
+        raise UserError(f"{folder} already holds a run: go on with it by --continue_from auto, or give another --save_dir or --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         append_json(folder / METRICS, [])
@@ -116,7 +118,12 @@ def make_run_folder(folder: Path, fresh: bool) -> None:
 def append_json(path: Path, records: list[dict]) -> None:
     """Append records to a file, a line each; the file is made if need be."""
     with path.open("a", encoding="utf8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.writelines(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
+
+
+def finite(record: dict) -> dict:
+    """The record with None for numbers that JSON has no word for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def carry_records(source: Path, target: Path, step: int) -> None:
@@ -175,8 +182,13 @@ def _start_wandb(folder: Path, name: str, tags: list[str], config: dict):
         logger.info("wandb is not installed: the run is recorded in its folder only")
         return None
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    settings = wandb.Settings(silent=True, console="off")
-    run = wandb.init(project="alphadecay", name=name, tags=tags, config=config, dir=folder, mode=mode, settings=settings)
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    start = functools.partial(wandb.init, project="alphadecay", name=name, tags=tags, config=config, dir=folder, settings=settings)
+    try:
+        run = start(mode=mode)
+    except wandb.errors.Error as error:  # a node without internet must train all the same
+        logger.warning(f"W&B cannot be reached ({error}): this run is recorded offline, `wandb sync` sends it later")
+        run = start(mode="offline")
     run.define_metric("*", step_metric="update_step")
     return run
 

@@ -23,6 +23,14 @@ def test_equal_scores(mapping, positive):
         assert decays.tolist() == pytest.approx([expected] * 4)
 
 
+@pytest.mark.parametrize("mapping", MAPS)
+def test_the_reverse_keeps_the_range(mapping):
+    mirrored = torch.tensor([5.0, 4.0, 2.0, 3.0])  # a -> a_min + a_max - a
+    reverse = assign_decays(SCORES, 0.1, mapping, positive=False, blocks=list("aabb"))
+    assert torch.equal(reverse, assign_decays(mirrored, 0.1, mapping, blocks=list("aabb")))
+    assert assign_decays(torch.empty(0), 0.1).tolist() == []
+
+
 @pytest.mark.parametrize("mapping", ["tb_sqrt", "tb_log2"])
 def test_shares_keep_the_mean(mapping):
     assert float(assign_decays(SCORES, 0.1, mapping).mean()) == pytest.approx(0.1)

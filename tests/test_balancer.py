@@ -1,3 +1,4 @@
+import argparse
 import copy
 import json
 import logging
@@ -12,6 +13,7 @@ import torch.nn as nn
 
 import alphadecay
 from alphadecay import AWD, AlphaDecay
+from alphadecay.flags import add_flags, decay_from_flags
 
 
 def small_model(seed=0, n=5):
@@ -196,10 +198,11 @@ def test_a_module_without_alpha_keeps_its_decay(caplog):
 
 
 def test_gradnorm_needs_no_eigenvalue(monkeypatch):
-    def forbidden(weight):
-        raise AssertionError("an eigenvalue was computed")
+    def forbidden(*arguments):
+        raise AssertionError("a spectrum was looked at")
 
-    monkeypatch.setattr("alphadecay.statistics.eigenvalues", forbidden)
+    monkeypatch.setattr("alphadecay.engine.prepare", forbidden)
+    monkeypatch.setattr("alphadecay.spectra.prepare", forbidden)
     model = small_model()
     decay = AlphaDecay(model, 0.1, every=1, metric="gradnorm")
     assert [r["gradnorm"] for r in decay.history] == [10.0] * 3
@@ -261,9 +264,75 @@ def test_awd_follows_its_formula():
     assert twin.average == awd.average
 
 
+def test_awd_frozen_parameters_groups_and_infinite_gradients():
+    model = small_model()
+    model[5].requires_grad_(False)
+    awd = AWD(model, 0.5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD([{"params": trained[:2]}, {"params": trained[2:]}], lr=1)
+    model(torch.arange(8)).square().mean().backward()
+    gradient, weight = (math.sqrt(sum(float(t.detach().double().pow(2).sum()) for t in ts)) for ts in ([p.grad for p in trained], trained))
+    awd.step(optimizer)
+    expected = [pytest.approx(0.9 * 0.5 * gradient / weight, rel=1e-6)] * 2
+    assert [g["weight_decay"] for g in optimizer.param_groups] == expected
+    trained[0].grad[0] = math.inf  # a step that a gradient scaler skips
+    awd.step(optimizer)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == expected
+
+
+@pytest.mark.parametrize("mapping", ["tb_linear_map", "layerwise_sigmoid"])
+@pytest.mark.parametrize("positive", [True, False])
+def test_settings_reach_the_map(mapping, positive):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3)))
+    decay = AlphaDecay(model, 0.1, mapping=mapping, positive=positive)
+    scores = torch.tensor([r["score"] for r in decay.history], dtype=torch.float64)
+    blocks = [m.block for m in decay.modules]
+    assert blocks == ["0", "1", "1", "2"]
+    expected = alphadecay.assign_decays(scores, 0.1, mapping, positive=positive, blocks=blocks).tolist()
+    assert list(decay.weight_decays.values()) == pytest.approx(expected)
+
+
+def test_filter_zeros_reaches_the_fit():
+    model = small_model()
+    with torch.no_grad():
+        model[3].weight[20:] = 0  # 44 of 64 eigenvalues are zero
+    alphas = [{r["module"]: r["alpha"] for r in AlphaDecay(model, 0.1, filter_zeros=on).history}["3"] for on in (False, True)]
+    assert alphas[0] is None and alphas[1] > 1
+
+
+def test_gradnorm_balances_small_modules():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    assert len(AlphaDecay(model, 0.1, metric="gradnorm").modules) == 2
+
+
+def test_optimizers_without_decay_are_refused():
+    model = small_model()
+    decay = AlphaDecay(model, 0.1, every=1)
+    with pytest.raises(ValueError, match="Rprop has no weight decay"):
+        decay.attach(torch.optim.Rprop(model.parameters()))
+
+
+def test_flags_reach_the_balancer():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    words = "--use_modulewise_wd --xmin_pos 4 --filter_zeros true --remove_first_layer false --wd_min_ratio 0.5 --wd_max_ratio 2"
+    args = parser.parse_args([*words.split(), "--unbalancedWD_every", "20", "--esd_async", "--esd_lag", "5"])
+    args.weight_decay = 0.1
+    decay = decay_from_flags(args, small_model(), 100)
+    assert [m.name for m in decay.modules] == ["1", "2", "3", "4"]
+    twin = AlphaDecay(small_model(), 0.1, 0.5, 2, 20, positive=False, xmin_pos=4, filter_zeros=True, remove_first=False, lag=5)
+    assert decay.history == twin.history
+    for name in ("every", "_fit", "_map", "_lag"):
+        assert getattr(decay, name) == getattr(twin, name)
+    args = parser.parse_args(["--use_AWD_NeurIPS2023"])
+    args.weight_decay = 0.1
+    assert decay_from_flags(args, small_model(), 100).lambda_awd == pytest.approx(10)
+
+
 def test_analyze_reads_every_module():
     rows = alphadecay.analyze(small_model())
     assert [row["module"] for row in rows] == ["1", "2", "3", "4", "5"] and rows[0]["shape"] == (64, 64)
+    assert rows[0]["gradnorm"] is None and rows[0]["entropy"] > 0
 
 
 def test_ranks_agree_with_one_process():

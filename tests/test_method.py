@@ -9,10 +9,11 @@ import transformers
 import alphadecay
 from alphadecay.assignment import MAPS, assign_decays
 from alphadecay.balancer import AlphaDecay
+from alphadecay.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import balanced_modules
-from alphadecay.statistics import COLUMNS, module_row
+from alphadecay.statistics import COLUMNS
 
-TOLERANCE = 1e-8  # relative; both sides work in float64
+TOLERANCE = 1e-8  # relative, where both sides work in float64
 
 
 def llama_60m():
@@ -60,11 +61,14 @@ def test_statistics_agree(case):
     model, names, plain = case
     modules = balanced_modules(model)
     assert [m.name for m in modules] == names
-    for module in modules:
-        row, failure = module_row(module.weight, module.weight.grad)
-        assert failure == 0
-        assert row == pytest.approx(plain[module.name], rel=TOLERANCE), module.name
-        assert set(row) == set(COLUMNS)
+    weights = [m.weight for m in modules]
+    # As AlphaDecay asks for them (float32 where that is enough for alpha, no entropy), and all of them precisely.
+    for whole, tolerance in ((False, 1e-5), (True, TOLERANCE)):
+        rows = SpectralEngine().rows(weights, gradient_norms(weights), "alpha", whole=whole)
+        for module, (row, failure) in zip(modules, rows, strict=True):
+            assert failure == 0 and list(row) == list(COLUMNS)
+            computed = {k: v for k, v in plain[module.name].items() if whole or k != "entropy"}
+            assert {k: row[k] for k in computed} == pytest.approx(computed, rel=tolerance), module.name
 
 
 @pytest.mark.parametrize("mapping", MAPS)

@@ -80,6 +80,18 @@ def test_wrappers_leave_names_alone():
     assert clean_name("_orig_mod.model.layers.0._checkpoint_wrapped_module.q") == "model.layers.0.q"
 
 
+def test_wrappers_in_any_order():
+    model = small_llama()
+    plain = [m.name for m in balanced_modules(model)]
+    assert [m.name for m in balanced_modules(torch.compile(nn.DataParallel(torch.compile(model))))] == plain
+
+
+def test_weights_that_are_no_parameters_are_left_out():
+    normed = [nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)) for _ in range(3)]
+    model = nn.Sequential(*normed, nn.LazyLinear(64), *(nn.Linear(64, 64) for _ in range(3)))
+    assert [m.name for m in balanced_modules(model)] == ["5"]
+
+
 def test_batchnorm_followers():
     model = timm.create_model("resnet18")
     names = {name: module for name, module in model.named_modules()}

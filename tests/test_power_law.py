@@ -79,7 +79,19 @@ def test_searches_pass_over_zeros(method):
     assert law.xmin >= 1 and math.isfinite(law.alpha) and 0 <= law.D < 1
 
 
+def test_a_tail_of_two_can_win():
+    assert fit_power_law(torch.tensor([1.0, 2.0]), "goodness-of-fit").tail == 2
+
+
+@pytest.mark.parametrize("method", ["median", "median-paper"])
+def test_a_zero_median_has_its_reason(method):
+    with pytest.raises(UndefinedPowerLaw, match="the median eigenvalue is zero"):
+        fit_power_law(torch.cat([torch.zeros(40), torch.ones(20)]), method)
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="not in ascending order"):
+        fit_power_law(torch.arange(60).flip(0))
     with pytest.raises(ValueError, match="unknown fit 'hill': choose one of median"):
         fit_power_law(torch.rand(60), "hill")
     with pytest.raises(ValueError, match="xmin_pos is 1"):

@@ -3,7 +3,10 @@
 import contextlib
 import json
 import math
+import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,7 +15,7 @@ import torchrun_main
 from peft_pretraining import checkpoint
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluation import evaluate
+from peft_pretraining.evaluation import evaluate, perplexity
 from peft_pretraining.modeling_llama import build_model
 from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.run_log import append_json, carry_records
@@ -76,6 +79,16 @@ def test_perplexity_counts_every_target_once():
     assert result["reference_perplexity"] == pytest.approx(math.exp(sum(means) / 4), rel=1e-6)
 
 
+def test_a_batch_without_targets():
+    model = small_model()
+    ids = torch.arange(10)[None]
+    batches = [{"input_ids": ids, "labels": labels} for labels in (ids, torch.full_like(ids, -100))]
+    result = evaluate(model, batches, ALONE, contextlib.nullcontext())
+    assert model.training
+    assert result["reference_perplexity"] == pytest.approx(math.exp(result["eval_loss"] / 3))
+    assert perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
+
+
 # --------------------------------------------------------------------------------------------------------------- optimizer
 
 
@@ -91,6 +104,26 @@ def test_decay_is_not_rounded_away_in_bfloat16(name):
             parameters[0].grad = torch.randn(512, generator=generator).to(torch.bfloat16)
             optimizer.step()
     assert float(decayed[0].detach().float().norm()) < float(plain[0].detach().float().norm())
+
+
+@pytest.mark.parametrize("name, after", [("adam", 1.99), ("adamw", 1.998)])
+def test_adam_is_coupled_and_adamw_is_not(name, after):
+    """No gradient, a decay of 0.1: Adam takes it for a gradient and makes a whole step of lr, AdamW shrinks by lr * 0.1."""
+    parameter = torch.nn.Parameter(torch.full((4,), 2.0))
+    parameter.grad = torch.zeros(4)
+    build_optimizer(name, [{"params": [parameter], "weight_decay": 0.1}], lr=0.01).step()
+    assert parameter.tolist() == pytest.approx([after] * 4, rel=1e-6)
+
+
+def test_clipping_and_the_mean_decay():
+    model = torch.nn.Module()
+    model.p = torch.nn.Parameter(torch.zeros(2))
+    model.p.grad = torch.tensor([3.0, 4.0])
+    assert float(torchrun_main.clip_gradients(model, 0.0)) == 5 and model.p.grad.tolist() == [3, 4]
+    assert float(torchrun_main.clip_gradients(model, 1.0)) == 5
+    assert model.p.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-4)
+    groups = [{"params": [torch.zeros(n, requires_grad=True)], "weight_decay": d} for n, d in ((1, 1.0), (3, 5.0))]
+    assert torchrun_main.mean_decay(torch.optim.SGD(groups)) == 4.0
 
 
 # --------------------------------------------------------------------------------------------------------------- arguments
@@ -148,6 +181,7 @@ def test_max_train_tokens(monkeypatch):
         ("--remove_first_layer yes", "'yes' is neither true nor false"),
         ("--scheduler cosine_restarts", "needs --cycle_length"),
         ("--weight_decay -1", "--weight_decay -1.0: it must be 0 or more"),
+        ("--tags " + "x" * 65, "tags of at most 64 characters"),
         ("--lr nan", "--lr nan: it must be above 0"),
         ("--optimiser adam", "unrecognized arguments: --optimiser adam"),
     ],
@@ -173,7 +207,7 @@ def saved(tmp_path):
 
 def test_checkpoint_round_trip(saved):
     folder, model, optimizer = saved
-    expected = torch.rand(3)
+    expected = torch.rand(3), random.random(), float(np.random.rand())
     other = small_model()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -181,7 +215,8 @@ def test_checkpoint_round_trip(saved):
     # Cut into other groups: state goes by the parameter's name.
     other_optimizer = build_optimizer("adam", [{"params": [p], "weight_decay": 0.1} for p in other.parameters()], 1e-3)
     assert checkpoint.load_checkpoint(folder, other, other_optimizer, ALONE) == {"progress": {"update_step": 10}}
-    assert torch.equal(torch.rand(3), expected)  # the random state of the moment of saving
+    assert torch.equal(torch.rand(3), expected[0])  # the random states of the moment of saving
+    assert (random.random(), float(np.random.rand())) == expected[1:]
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert all(torch.equal(v, other_optimizer.state[b][k]) for k, v in optimizer.state[a].items())
@@ -207,6 +242,9 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
     model = build_model(transformers.LlamaConfig(**sizes, pad_token_id=None))
     with pytest.raises(UserError, match="trained with hidden_size 16, but the model config says 32"):
         checkpoint.load_checkpoint(folder, model, build_optimizer("adam", [{"params": list(model.parameters())}], 1), ALONE)
+    model = build_model(transformers.LlamaConfig(**sizes | {"hidden_size": 16}, pad_token_id=None, rope_theta=500.0))
+    with pytest.raises(UserError, match="trained with rope_"):
+        checkpoint.load_checkpoint(folder, model, build_optimizer("adam", [{"params": list(model.parameters())}], 1), ALONE)
 
 
 def test_finding_checkpoints(saved):
@@ -215,12 +253,37 @@ def test_finding_checkpoints(saved):
     checkpoint.save_checkpoint(run / "checkpoints/model_9", model, optimizer, {}, None, ALONE)
     (run / "checkpoints/model_20.tmp").mkdir()
     (run / "checkpoints/model_30").mkdir()  # no manifest: not whole
+    shutil.copytree(folder, run / "checkpoints/model_40.tmp", dirs_exist_ok=True)  # killed just before it got its name
     assert checkpoint.find_checkpoint("auto", run) == folder
     assert checkpoint.find_checkpoint(str(run), run) == folder
     assert checkpoint.find_checkpoint(str(run / "checkpoints/model_9"), run).name == "model_9"
     assert checkpoint.find_checkpoint("auto", run / "nothing") is None
     with pytest.raises(UserError, match="no checkpoint there"):
         checkpoint.find_checkpoint(str(run / "nothing"), run)
+
+
+def test_later_checkpoints_of_another_history_are_set_aside(saved):
+    folder, model, optimizer = saved
+    checkpoint.save_checkpoint(folder.with_name("model_30"), model, optimizer, {}, None, ALONE)
+    assert checkpoint.set_aside_newer(folder.parents[1], 10) == [folder.with_name("model_30")]
+    assert checkpoint.newest_checkpoint(folder.parents[1]) == folder
+    assert folder.with_name("model_30.abandoned").exists()
+
+
+def test_another_dtype_takes_the_moments_along(saved):
+    folder, _, _ = saved
+    model = small_model().bfloat16()
+    optimizer = build_optimizer("adam", [{"params": list(model.parameters())}], 1e-3)
+    checkpoint.load_checkpoint(folder, model, optimizer, ALONE)
+    model(torch.arange(20)[None], torch.arange(20)[None]).backward()
+    optimizer.step()
+    state = optimizer.state[model.lm_head.weight]
+    assert state["exp_avg"].dtype == torch.bfloat16 and state["step"].dtype == torch.float32 and float(state["step"]) == 2
+
+
+def test_records_know_no_nan(tmp_path):
+    append_json(tmp_path / "metrics.jsonl", [{"loss": math.nan, "perplexity": math.inf, "lr": 0.5}])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": null, "perplexity": null, "lr": 0.5}\n'
 
 
 def test_tied_head_is_saved_once(tmp_path):

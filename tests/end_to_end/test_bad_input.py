@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 import torchrun_main
 from end_to_end.common import run, write_config, write_text
@@ -91,6 +92,27 @@ def test_a_checkpoint_of_another_run(monkeypatch, capfd, folder):
     text = sentence(monkeypatch, capfd, flags(folder, *decay, "--continue_from", folder / "first", "--num_training_steps", 1))
     assert "has made all 1 updates already" in text
     assert saved == {p: p.read_bytes() for p in (folder / "first").rglob("*") if p.is_file()}
+
+
+def test_nothing_that_is_not_finite_is_saved(monkeypatch, capfd, folder):
+    more = ["--lr", 1e30, "--num_training_steps", 8, "--save_every", 2, "--log_every", 100, "--eval_every", 100]
+    text = sentence(monkeypatch, capfd, flags(folder, *more))
+    assert "was not finite: lower --lr" in text
+    saved = [load_file(p / "model.safetensors") for p in (folder / "run/checkpoints").glob("model_*")]
+    assert all(tensor.isfinite().all() for weights in saved for tensor in weights.values())
+    assert len(saved) < 4
+
+
+def test_a_continued_run_that_died_early_begins_again(folder):
+    """Continued from elsewhere and killed before its first own checkpoint, it can be started the same way again."""
+    run(flags(folder, "--num_training_steps", 1, "--save_dir", folder / "first"), processes=1)
+    again = flags(folder, "--num_training_steps", 3, "--continue_from", folder / "first/checkpoints/model_1")
+    (folder / "run").mkdir()
+    (folder / "run/metrics.jsonl").write_text((folder / "first/metrics.jsonl").read_text())
+    assert "continue from" in run(again, processes=1).stderr
+    (folder / "run/report.html").unlink()  # killed just before the end
+    assert "nothing to do" in run([*again, "--continue_from", "auto"], processes=1).stderr
+    assert (folder / "run/report.html").exists()
 
 
 def test_under_torchrun_one_rank_speaks(folder):
