@@ -50,11 +50,12 @@ class SpectralEngine:
             return self._rows(weights, gradnorms, metric, lowest, dtypes, torch.get_num_threads(), fit)
 
     def _rows(self, weights, gradnorms, metric: str, lowest: float, dtypes: tuple, threads: int, fit: dict) -> list[Row]:
+        windows = metric == "alpha_farms"
         if weights[0].is_cuda:
-            spectra = self.device_spectra(weights, lowest, dtypes)
+            spectra = self.device_spectra(weights, lowest, dtypes, windows)
             tasks = [functools.partial(_known, values) for values in spectra]
         else:
-            tasks = [functools.partial(exact_eigenvalues, weight, lowest, dtypes) for weight in weights]
+            tasks = [functools.partial(exact_eigenvalues, weight, lowest, dtypes, windows) for weight in weights]
             threads = min(threads, _affordable(weights))
         steps = [functools.partial(_row, task, norm, metric, lowest, fit) for task, norm in zip(tasks, gradnorms, strict=True)]
         # The dearest first: a long one must not start when the others are done.
@@ -63,14 +64,14 @@ class SpectralEngine:
         by_index = dict(zip(order, results, strict=True))
         return [_row_or_failure(by_index[i], gradnorms[i]) for i in range(len(weights))]
 
-    def device_spectra(self, weights: list[Tensor], lowest: float, dtypes: tuple[torch.dtype, ...]) -> list:
+    def device_spectra(self, weights: list[Tensor], lowest: float, dtypes: tuple[torch.dtype, ...], windows: bool = False) -> list:
         """Eigenvalues of each weight on the CPU, equal shapes solved together; an exception where there are none."""
         spectra: list = [None] * len(weights)
         groups: dict[tuple, list[tuple[int, Tensor, float]]] = defaultdict(list)  # shape of a matrix -> (weight, matrix, scale)
         prepared: dict[int, float] = {}
         for i, weight in enumerate(weights):
             try:
-                matrices, prepared[i] = prepare(weight)
+                matrices, prepared[i] = prepare(weight, windows)
             except ValueError as error:
                 spectra[i] = error
                 continue
@@ -157,7 +158,10 @@ def _known(values: Tensor | Exception) -> Tensor:
 
 
 def _row(spectrum_of: Callable[[], Tensor], gradnorm: float, metric: str, lowest: float, fit: dict) -> Row:
-    return spectral_row(spectrum_of(), gradnorm, metric, whole=lowest == 0, **fit)
+    values = spectrum_of()
+    if not torch.isfinite(values).all():
+        raise torch.linalg.LinAlgError("the solver gave eigenvalues that are not finite")
+    return spectral_row(values, gradnorm, metric, whole=lowest == 0, **fit)
 
 
 def _row_or_failure(result: Row | Exception, gradnorm: float) -> Row:

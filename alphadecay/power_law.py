@@ -9,7 +9,7 @@ from torch import Tensor
 METHODS = ("median", "median-paper", "goodness-of-fit", "fix-finger", "fix-finger-reference")
 HISTOGRAM_BINS = 100  # of log10 lambda, for fix-finger
 ZERO = 1e-5  # filter_zeros leaves out eigenvalues up to here (the reference's threshold)
-BLOCK_ELEMENTS = 1 << 20  # the threshold searches work on at most so many [threshold, eigenvalue] pairs at a time
+BLOCK_ROWS = 128  # thresholds that are tried at a time: they take 128 N numbers of memory
 
 
 ZERO_THRESHOLD = "the median eigenvalue is zero"
@@ -69,7 +69,7 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
         return _fit_median(values, xmin_pos, paper=method == "median-paper")
     if values[-1] <= 0:
         raise UndefinedPowerLaw(ZERO_THRESHOLD)
-    return _least_distance(values, _candidates(values, method))
+    return _least_distance(values, *_window(values, method))
 
 
 def _fit_median(values: Tensor, xmin_pos: float, paper: bool) -> PowerLaw:
@@ -92,36 +92,47 @@ def _fit_median(values: Tensor, xmin_pos: float, paper: bool) -> PowerLaw:
     return PowerLaw(float(alpha), float(distance), float(threshold), len(tail))
 
 
-def _candidates(values: Tensor, method: str) -> Tensor:
-    """Indices of the eigenvalues that may be the threshold: all but the last, or those near the histogram's peak."""
-    thresholds = values[:-1]
-    allowed = thresholds > 0
+def _window(values: Tensor, method: str) -> tuple[int, int]:
+    """Indices [start, stop) of the eigenvalues that may be the threshold: all above zero but the last, or those near the peak."""
+    lower, upper = torch.finfo(values.dtype).tiny, math.inf
     if method != "goodness-of-fit":
-        logs = values[values > 0].log10()
+        positive = values[int(torch.searchsorted(values, lower)) :]
+        logs = positive.log10()
         low, high = float(logs[0]), float(logs[-1])
         if low == high:
             raise UndefinedPowerLaw(EQUAL_TAIL)
-        counts = torch.histc(logs, HISTOGRAM_BINS, low, high)
-        peak = 10 ** (low + (high - low) * int(counts.argmax()) / HISTOGRAM_BINS)
-        lower = 0.95 * peak if method == "fix-finger" else math.log10(0.95 * peak)
-        allowed &= (thresholds >= lower) & (thresholds <= 1.5 * peak)
-    return allowed.nonzero().flatten()
+        peak = 10 ** (low + (high - low) * int(torch.histc(logs, HISTOGRAM_BINS, low, high).argmax()) / HISTOGRAM_BINS)
+        lower, upper = max(lower, 0.95 * peak if method == "fix-finger" else math.log10(0.95 * peak)), 1.5 * peak
+    start, stop = int(torch.searchsorted(values, lower)), int(torch.searchsorted(values, upper, right=True))
+    return start, min(stop, len(values) - 1)
 
 
-def _least_distance(values: Tensor, candidates: Tensor) -> PowerLaw:
-    """The candidate threshold whose fit is closest to its own tail; thresholds with alpha <= 1 count as D = 1."""
-    count = len(values)
-    logs = values.clamp_min(torch.finfo(values.dtype).tiny).log()
-    suffix_sums = logs.flip(0).cumsum(0).flip(0)  # [N], sum of ln lambda_j over j >= i
-    sizes = count - candidates  # [C]
-    alphas = 1 + sizes / (suffix_sums[candidates] - sizes * logs[candidates])
-    distances = torch.ones_like(alphas)
-    for block in (alphas.isfinite() & (alphas > 1)).nonzero().flatten().split(max(1, BLOCK_ELEMENTS // count)):
-        first, size = candidates[block, None], sizes[block, None]
-        rank = torch.arange(count, dtype=torch.float64) - first  # [block, N], j of the tail's j-th value, negative before the tail
-        model = 1 - torch.exp((logs - logs[first]) * (1 - alphas[block, None]))
-        distances[block] = torch.where(rank >= 0, (model - rank / size).abs(), 0.0).amax(1)
-    if not (distances < 1).any():
+def _least_distance(values: Tensor, start: int, stop: int) -> PowerLaw:
+    """The threshold among the eigenvalues [start, stop) whose fit is closest to its own tail; where alpha <= 1, D counts as 1.
+
+    D of threshold i is the greatest |1 - (lambda_j / lambda_i)^(1 - alpha_i) - (j - i) / (N - i)| over j >= i.
+    """
+    if start >= stop:
         raise UndefinedPowerLaw(NO_THRESHOLD)
+    logs = values[start:].log()  # from here on i and j count from `start`, which changes neither j - i nor N - i
+    count, kept = len(logs), stop - start
+    places = torch.arange(count, dtype=logs.dtype)
+    sizes = count - places[:kept]
+    alphas = 1 + sizes / (logs.flip(0).cumsum(0).flip(0)[:kept] - sizes * logs[:kept])
+    slopes, steps = 1 - alphas, sizes.reciprocal()
+    # Both parts of the difference are of rank two in (i, j): a product of [rows, 2] and [2, columns] makes each in one pass.
+    exponents = torch.stack([slopes, -slopes * logs[:kept]], dim=1), torch.stack([logs, torch.ones_like(logs)])
+    empirical = torch.stack([steps, -places[:kept] * steps - 1], dim=1), torch.stack([places, torch.ones_like(logs)])
+    distances = torch.empty_like(alphas)
+    for first in range(0, kept, BLOCK_ROWS):
+        rows = slice(first, min(first + BLOCK_ROWS, kept))
+        gap = (exponents[0][rows] @ exponents[1][:, first:]).exp_()  # [rows, N - first], (lambda_j / lambda_i)^(1 - alpha_i)
+        gap.addmm_(empirical[0][rows], empirical[1][:, first:])
+        gap[:, : len(gap)].triu_()  # nothing of what lies below a row's own threshold
+        least, greatest = gap.aminmax(dim=1)
+        distances[rows] = torch.maximum(-least, greatest)
+    distances = torch.where(alphas.isfinite() & (alphas > 1), distances, 1.0)
     best = int(distances.argmin())
-    return PowerLaw(float(alphas[best]), float(distances[best]), float(values[candidates[best]]), int(sizes[best]))
+    if not distances[best] < 1:
+        raise UndefinedPowerLaw(NO_THRESHOLD)
+    return PowerLaw(float(alphas[best]), float(distances[best]), float(values[start + best]), count - best)

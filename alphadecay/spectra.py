@@ -47,14 +47,15 @@ def eigenvalues(weight: Tensor, lowest: float = 0.0) -> Tensor:
         return exact_eigenvalues(weight, lowest, GRAM_DTYPES if lowest > 0 else GRAM_DTYPES[1:])
 
 
-def exact_eigenvalues(weight: Tensor, lowest: float, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """`eigenvalues` for a caller that has seen to exact products itself; `dtypes`: those of the Gram matrix, tried in turn."""
-    matrices, scale = prepare(weight)
+def exact_eigenvalues(weight: Tensor, lowest: float, dtypes: tuple[torch.dtype, ...], windows: bool = False) -> Tensor:
+    """`eigenvalues` for a caller that has seen to exact products itself. dtypes: those of the Gram matrix, tried in turn; windows: the
+    pooled eigenvalues of the matrix's windows (see `square_windows`) in place of its own."""
+    matrices, scale = prepare(weight, windows)
     spectra = [spectrum(matrix, scale, lowest, dtypes) for matrix in matrices]
     return finish(spectra, scale, convolution=weight.dim() == 4)
 
 
-def prepare(weight: Tensor) -> tuple[list[Tensor], float]:
+def prepare(weight: Tensor, windows: bool = False) -> tuple[list[Tensor], float]:
     """A weight as matrices [rows, columns] of its own dtype, rows >= columns, and the power of 2 that they are to be divided by."""
     if weight.dim() not in (2, 4):
         raise ValueError(f"a weight of {weight.dim()} dimensions has no spectrum here: give [out, in] or [out, in, kh, kw]")
@@ -68,7 +69,25 @@ def prepare(weight: Tensor) -> tuple[list[Tensor], float]:
         raise ValueError("the weight holds NaN or Inf")
     scale = 1.0 if not greatest or UNSCALED[0] < greatest < UNSCALED[1] else 2.0 ** math.floor(math.log2(greatest))
     slices = [weight] if weight.dim() == 2 else weight.flatten(2).unbind(2)
+    if windows:
+        return [window for s in slices for window in square_windows(s)], scale
     return [s if s.shape[0] >= s.shape[1] else s.mT for s in slices], scale
+
+
+def square_windows(matrix: Tensor) -> list[Tensor]:
+    """Square windows of half the smaller side, which cover a matrix [rows, columns] (FARMS, Hu et al., ICML 2025).
+
+    The spectrum of a Gaussian matrix, and with it alpha, depends on its aspect ratio: 2.12 for a square, 2.99 for LLaMA's MLPs, 3.41
+    for 1:4. Windows of one aspect ratio make modules of different shapes comparable. Window: w = floor(min / 2); along each side
+    ceil(side / w) windows at even distances, so the stride is w where w divides the side and less elsewhere. Cost beside the whole
+    matrix n x m (n <= m), whose solver takes n^3: 2 ceil(2 m / n) windows of (n / 2)^3, a half for a square, 3/2 for 1:3.
+    """
+    w = max(1, min(matrix.shape) // 2)
+    starts = []
+    for side in matrix.shape:
+        count = -(-side // w)
+        starts.append([round(i * (side - w) / max(1, count - 1)) for i in range(count)])
+    return [matrix[row : row + w, column : column + w] for row in starts[0] for column in starts[1]]
 
 
 def finish(spectra: list[Tensor], scale: float, convolution: bool) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from alphadecay.power_law import UNDEFINED, UndefinedPowerLaw, fit_power_law
 
-METRICS = ("alpha", "alphahat", "spectral_norm", "fnorm", "stable_rank", "entropy", "gradnorm", "gradnorm_d_weightnorm")
+METRICS = ("alpha", "alphahat", "spectral_norm", "fnorm", "stable_rank", "entropy", "gradnorm", "gradnorm_d_weightnorm", "alpha_farms")
 COLUMNS = ("alpha", "D", *METRICS[1:])  # the order of a row
 NO_GRADIENT = 10.0  # gradnorm of a weight that has no gradient yet (the reference's value)
 EPSILON = 6e-5  # of the entropy: added to probabilities and rank, and the least singular value that counts
@@ -31,6 +31,8 @@ def unneeded_share(metric: str, method: str = "median", xmin_pos: float = 2.0, *
     """The share of the spectrum, from below, that the metric does not read closely (`lowest` of `eigenvalues`)."""
     if metric in ("spectral_norm", "gradnorm_d_weightnorm"):
         return 1.0
+    if metric == "alpha_farms":
+        return 0.25  # the pooled median lies lower in some windows than in others
     if metric == "entropy" or not method.startswith("median"):
         return 0.0
     return 1 / xmin_pos
@@ -42,7 +44,8 @@ def spectral_row(values: Tensor, gradnorm: float, metric: str, whole: bool = Tru
     Args:
         values: [N], the weight's eigenvalues, ascending.
         gradnorm: L2 norm of the weight's gradient.
-        metric: `gradnorm_d_weightnorm` reads the greatest eigenvalue only.
+        metric: `gradnorm_d_weightnorm` reads the greatest eigenvalue only. For `alpha_farms` the values are those of the matrix's
+            windows, and the row has nothing else but its D.
         whole: whether all the values are precise. The entropy, which counts the small ones, is left out where they are not.
         fit: passed on to `fit_power_law` (method, xmin_pos, filter_zeros).
 
@@ -50,6 +53,12 @@ def spectral_row(values: Tensor, gradnorm: float, metric: str, whole: bool = Tru
         The row, by name (NaN where not computed), and the index of its failure in `FAILURES` (0: none).
     """
     row = empty_row(gradnorm)
+    if metric == "alpha_farms":
+        try:
+            law = fit_power_law(values, **fit)
+        except UndefinedPowerLaw as error:
+            return row, FAILURES.index(f"alpha is undefined: {error}")
+        return row | {"alpha_farms": law.alpha, "D": law.D}, 0
     row["spectral_norm"] = float(values[-1])
     row["gradnorm_d_weightnorm"] = gradnorm / (row["spectral_norm"] + 1e-8)
     failure = 0

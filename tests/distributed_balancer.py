@@ -1,8 +1,10 @@
-"""Started by test_balancer.py under torchrun: train a little, print a hash of what each rank holds."""
+"""Started under torchrun with a folder as its argument: train a little, write there what each rank ends with."""
 
 import hashlib
 import json
 import os
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,7 +34,7 @@ def main() -> None:
         optimizer.zero_grad()
     weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
     result = {"history": decay.history, "decays": decay.weight_decays, "weights": hashlib.sha256(weights).hexdigest()}
-    print(f"RANK{rank} " + json.dumps(result), flush=True)
+    (Path(sys.argv[1]) / f"rank{rank}.json").write_text(json.dumps(result))
     if distributed:
         dist.destroy_process_group()
 

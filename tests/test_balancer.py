@@ -335,18 +335,20 @@ def test_analyze_reads_every_module():
     assert rows[0]["gradnorm"] is None and rows[0]["entropy"] > 0
 
 
-def test_ranks_agree_with_one_process():
-    """2 ranks, each analysing its share, print the same history, decays and weights as one process without any group."""
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ranks_agree_with_one_process(tmp_path, processes):
+    """Ranks that each analyse a share end with the same history, decays and weights, and the decays of one process without any group."""
     script = "tests/distributed_balancer.py"
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun gives each of its processes
-    alone = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=one_thread).stdout
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    together = subprocess.run(torchrun, capture_output=True, text=True, check=True, timeout=120).stdout
-    results = {line.split(" ", 1)[0]: json.loads(line.split(" ", 1)[1]) for line in together.splitlines() if line.startswith("RANK")}
-    assert set(results) == {"RANK0", "RANK1"}
-    assert results["RANK0"] == results["RANK1"]
-    expected = json.loads(alone.split(" ", 1)[1])
-    assert results["RANK0"]["history"] == expected["history"]
-    assert results["RANK0"] == expected
+    alone = [sys.executable, script]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
+    for name, command in (("alone", alone), ("together", torchrun)):
+        (tmp_path / name).mkdir()
+        subprocess.run([*command, tmp_path / name], capture_output=True, check=True, timeout=120, env=one_thread)
+    expected = json.loads((tmp_path / "alone/rank0.json").read_text())
+    results = [json.loads((tmp_path / f"together/rank{rank}.json").read_text()) for rank in range(processes)]
+    assert all(result == results[0] for result in results)
+    assert results[0]["decays"] == expected["decays"] and results[0]["weights"] == expected["weights"]
+    assert results[0]["history"] == expected["history"]
     flagged = next(r for r in expected["history"] if r["module"] == "2")
     assert flagged["weight_decay"] == 0.1 and "median eigenvalue is zero" in flagged["reason"]

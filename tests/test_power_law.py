@@ -40,7 +40,7 @@ def test_the_two_conventions_differ_as_published():
 def test_the_search_blocks_change_nothing(monkeypatch):
     values = sample(300, 2.5, 0)
     whole = fit_power_law(values, "goodness-of-fit")
-    monkeypatch.setattr("alphadecay.power_law.BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr("alphadecay.power_law.BLOCK_ROWS", 7)
     assert fit_power_law(values, "goodness-of-fit") == whole
 
 
