@@ -158,8 +158,9 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
 
         # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
         before = time.perf_counter()
-        if decay and decay.step(optimizer):
-            clock.analysis_took(time.perf_counter() - before)
+        rebalanced = decay is not None and decay.step(optimizer)
+        clock.analysis_took(time.perf_counter() - before, rebalanced)
+        if rebalanced:
             log.modules([row for row in decay.history if row["step"] == update])
         factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
         for group in optimizer.param_groups:
@@ -269,9 +270,9 @@ class Clock:
         self.paused += time.perf_counter() - start
         self.last += time.perf_counter() - start
 
-    def analysis_took(self, seconds: float) -> None:
+    def analysis_took(self, seconds: float, rebalanced: bool) -> None:
         self.analysing += seconds
-        self.analyses += 1
+        self.analyses += rebalanced
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started - self.paused

@@ -45,7 +45,7 @@ WEIGHTS = {
     **{f"outlier {s:g}": outlier(128, s).float() for s in (10, 100, 1e3, 1e5)},
     "tiny": gaussian(128, 128, dtype=torch.float64) * 1e-20,
     "tiny float32": gaussian(128, 128) * 1e-20,
-    "huge float32": gaussian(128, 128) * 1e18,
+    "huge float32": gaussian(128, 128) * 1e20,
     "rank 3n/4": gaussian(200, 96, 1, torch.float64) @ gaussian(96, 128, 2, torch.float64),
     "conv": torch.randn(64, 64, 3, 3, generator=torch.Generator().manual_seed(0)),
 }

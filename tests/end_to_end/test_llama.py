@@ -173,6 +173,7 @@ def test_an_existing_run_is_not_overwritten(inputs, reference_run):
     "flags",
     [
         "--use_hf_model --use_modulewise_wd --dtype float32",
+        "--use_modulewise_wd --esd_async --esd_lag 1 --esd_metric_for_tb alpha_farms",
         "--use_AWD_NeurIPS2023 --dtype bf16_mixed --optimizer adamw",
         "--activation_checkpointing --scheduler cosine_restarts --cycle_length 2 --grad_clipping 1.0",
         "--use_modulewise_wd --esd_metric_for_tb gradnorm --assign_func layerwise_sigmoid --scheduler linear",
