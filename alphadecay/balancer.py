@@ -15,8 +15,8 @@ from alphadecay.assignment import MAPS, assign_decays
 from alphadecay.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import BalancedModule, balanced_modules, batchnorm_followers, unwrap
 from alphadecay.power_law import METHODS
-from alphadecay.sharding import assign_owners, check_agreement, gather_rows, is_sharded, rank_and_size, whole_weight
-from alphadecay.statistics import COLUMNS, FAILURES, METRICS, TIMED_OUT
+from alphadecay.sharding import agreed_choices, assign_owners, check_agreement, gather_rows, is_sharded, rank_and_size, whole_weight
+from alphadecay.statistics import COLUMNS, FAILURES, METRICS, SOLVER_FAILED, empty_row
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class AlphaDecay:
         lag: 0: an analysis ends before `step` returns, as published. Above 0: it runs beside the training, on a copy of this rank's
             share of the weights, and its decays take effect `lag` updates later (on all ranks in the same update, waiting if need
             be), so `lag` must be below `every`.
-        timeout: seconds that the analysis of one module may take; a module that takes longer keeps its decay.
+        timeout: seconds that the analysis of one module on a CPU may take; a module that takes longer keeps its decay. Below the
+            process group's own timeout, so that the other ranks are still there.
 
     Attributes:
         weight_decays: name of each balanced module -> its decay now.
@@ -81,7 +82,7 @@ class AlphaDecay:
         batchnorm_type: str = "name",
         process_group: dist.ProcessGroup | None = None,
         lag: int = 0,
-        timeout: float = 600.0,
+        timeout: float = 240.0,
     ):
         _check_settings(weight_decay, min_ratio, max_ratio, every, lag)
         _check_choice("metric", metric, METRICS)
@@ -101,14 +102,15 @@ class AlphaDecay:
         self._lag = lag
         self._engine = SpectralEngine(timeout)
         self._pending: _Pending | None = None
+        self._stream: torch.cuda.Stream | None = None
         limit = {"min_eigenvalues": 0} if metric == "gradnorm" else {}
         self.modules = balanced_modules(self.model, scope, remove_first, remove_last, **limit)
+        self._check_ranks()
         if not self.modules:
             raise ValueError(
                 "the model has no module to balance: none with 50 eigenvalues or more is left after the first and the last "
                 "were removed; use a larger model, or remove_first=False, remove_last=False or scope='all_blocks'"
             )
-        self._check_ranks()
         rank, world_size = rank_and_size(process_group)
         self._owners = assign_owners([m.cost for m in self.modules], world_size)
         self._owned = [i for i, owner in enumerate(self._owners) if owner == rank]
@@ -116,6 +118,8 @@ class AlphaDecay:
         self.weight_decays = {m.name: float(weight_decay) for m in self.modules}
         self._written = True  # param_groups() and attach() hand out the decays of construction themselves
         self._rebalance(self._gather(self._analyze(*self._snapshot())))
+        # The ranks tried solvers on their own; from here on all use the same, and a resumed run those of the saved one.
+        self._engine.solvers = agreed_choices(self._engine.solvers, process_group)
 
     def param_groups(self) -> list[dict]:
         """Parameter groups for an optimizer: one for each balanced module, holding its own parameters (and those of the
@@ -177,9 +181,9 @@ class AlphaDecay:
         return rebalanced
 
     def state_dict(self) -> dict:
-        """What decides the future: the number of updates and the decays by module name. With `lag` above 0 also the statistics of an
-        analysis under way, for which this waits, and all ranks must call it together."""
-        state = {"updates": self.updates, "weight_decays": dict(self.weight_decays)}
+        """What decides the future: the number of updates, the decays by module name, the solvers. With `lag` above 0 also the
+        statistics of an analysis under way, for which this waits, and all ranks must call it together."""
+        state = {"updates": self.updates, "weight_decays": dict(self.weight_decays), "solvers": dict(self._engine.solvers)}
         if self._pending is not None:
             state["pending"] = {"update": self._pending.update, "rows": self._finish_pending().tolist()}
         return state
@@ -199,6 +203,7 @@ class AlphaDecay:
         self.updates = state["updates"]
         self.weight_decays = {name: state["weight_decays"][name] for name in self.weight_decays}
         self._written = False
+        self._engine.solvers = dict(state["solvers"])
         pending = state.get("pending")
         self._pending = _Pending(pending["update"], torch.tensor(pending["rows"], dtype=torch.float64)) if pending else None
 
@@ -213,7 +218,7 @@ class AlphaDecay:
         except ValueError as error:
             if self.updates == 0:
                 raise
-            reasons, sound, decays = [str(error)] * len(rows), [], ()
+            reasons, sound, decays = [reason or str(error) for reason in reasons], [], ()
         for i, decay in zip(sound, decays, strict=True):
             self.weight_decays[self.modules[i].name] = float(decay)
         for module, row, reason in zip(self.modules, rows.tolist(), reasons, strict=True):
@@ -232,7 +237,11 @@ class AlphaDecay:
     def _analyze(self, weights: list[Tensor], norms: list[float], background: bool = False) -> Tensor:
         """Statistics and failure code of the modules that this rank owns, zeros for the others: [M, columns + 1] float64."""
         table = torch.zeros(len(self.modules), len(COLUMNS) + 1, dtype=torch.float64)
-        rows = self._engine.rows(weights, norms, self.metric, background=background, **self._fit)
+        try:
+            rows = self._engine.rows(weights, norms, self.metric, background=background, **self._fit)
+        except Exception:  # out of memory, say: the other ranks wait for this one's rows all the same
+            logger.exception("the analysis failed on this rank")
+            rows = [(empty_row(norm), SOLVER_FAILED) for norm in norms]
         for i, (row, failure) in zip(self._owned, rows, strict=True):
             table[i] = torch.tensor([*row.values(), failure], dtype=torch.float64)
         return table
@@ -246,23 +255,21 @@ class AlphaDecay:
         # A sharded weight has just been put together for this; any other is the parameter itself, which training goes on to change.
         copies = [w if is_sharded(self.modules[i].weight) else w.clone() for w, i in zip(weights, self._owned, strict=False)]
         pending = _Pending(self.updates)
-        pending.start(lambda: self._analyze(copies, norms, background=True), copies)
+        if self._stream is None and copies and copies[0].is_cuda:
+            self._stream = torch.cuda.Stream(copies[0].device)  # one for all analyses: the allocator keeps a pool for each
+        pending.start(lambda: self._analyze(copies, norms, background=True), copies, self._stream)
         return pending
 
     def _finish_pending(self) -> Tensor:
         """The table of the analysis under way, the same on all ranks; waits for it."""
         if self._pending.table is None:
-            mine = self._pending.wait(self._engine.timeout)
-            if mine is None:
-                mine = torch.full((len(self.modules), len(COLUMNS) + 1), math.nan, dtype=torch.float64)
-                mine[:, -1] = TIMED_OUT
-            self._pending.table = self._gather(mine)
+            self._pending.table = self._gather(self._pending.wait())
         return self._pending.table
 
     def _check_ranks(self) -> None:
         """Every rank must analyse the same modules at the same updates on the same kind of device."""
         settings = {"every": self.every, "lag": self._lag, "metric": self.metric, "eta": self.weight_decay} | self._map | self._fit
-        device = f"device {self.modules[0].weight.device.type}"
+        device = f"device {next(iter(self.model.parameters())).device.type}"
         modules = [f"{m.name} {tuple(m.weight.shape)}" for m in self.modules]
         check_agreement([device, *(f"{k}={v}" for k, v in settings.items()), *modules], self._group)
 
@@ -324,9 +331,8 @@ class _Pending:
         self._result: list[Tensor] = []
         self._thread: threading.Thread | None = None
 
-    def start(self, analyze: Callable[[], Tensor], copies: list[Tensor]) -> None:
-        """Run `analyze`; on a GPU on a stream of its own, which first waits for the copies to be made."""
-        stream = torch.cuda.Stream(copies[0].device) if copies and copies[0].is_cuda else None
+    def start(self, analyze: Callable[[], Tensor], copies: list[Tensor], stream: "torch.cuda.Stream | None") -> None:
+        """Run `analyze`; on a GPU on the side stream, which first waits for the copies to be made."""
 
         def run() -> None:
             if stream is None:
@@ -342,10 +348,10 @@ class _Pending:
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
-    def wait(self, timeout: float) -> Tensor | None:
-        """This rank's table; None where it does not come in time."""
-        self._thread.join(timeout)
-        return self._result[0] if self._result else None
+    def wait(self) -> Tensor:
+        """This rank's table. It comes: each module has its timeout, and an error marks its rows."""
+        self._thread.join()
+        return self._result[0]
 
 
 def _part(group: dict, names: list[str | None], name: str | None) -> dict:

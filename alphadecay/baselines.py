@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch.optim import Optimizer
 
+from alphadecay.engine import tensor_norms
 from alphadecay.modules import unwrap
 
 
@@ -57,5 +58,5 @@ class AWD:
 
 
 def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm of all tensors together, in float32 whatever their dtype."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)))
+    """L2 norm of all tensors together, in float32 or better whatever their dtype."""
+    return torch.linalg.vector_norm(torch.stack(tensor_norms(tensors)))

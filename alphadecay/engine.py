@@ -15,19 +15,19 @@ from alphadecay.workers import run_tasks
 
 Row = tuple[dict[str, float], int]
 CPU_BUDGET = 256 << 20  # bytes that matrices being solved may take together, or two of the largest if that is more
-BATCH_ELEMENTS = 1 << 28  # of the Gram matrices solved together on a GPU: 1 GiB in float32
+BATCH_BYTES = 256 << 20  # of the Gram matrices solved together on a GPU, which with the solver's copies take three times as much
 
 
 class SpectralEngine:
     """Analyses weights, and remembers which solver was the fastest on this device.
 
     Args:
-        timeout: seconds that one module may take; then it counts as failed.
+        timeout: seconds that one module may take; then it counts as failed. (On a GPU the solver itself is not timed.)
     """
 
-    def __init__(self, timeout: float = 600.0):
+    def __init__(self, timeout: float = 240.0):
         self.timeout = timeout
-        self.solvers: dict[tuple[str, int], str] = {}  # (device type, n) -> name in SOLVERS
+        self.solvers: dict[str, str] = {}  # "cuda float32 512", device, dtype and n -> name in SOLVERS
 
     def rows(
         self, weights: list[Tensor], gradnorms: list[float], metric: str, *, whole: bool = False, background: bool = False, **fit: object
@@ -35,7 +35,7 @@ class SpectralEngine:
         """A row and a failure code (see `statistics.spectral_row`) for each weight, [out, in] or [out, in, kh, kw].
 
         whole: every statistic, from precise eigenvalues, whether the metric needs them or not.
-        background: training goes on meanwhile, so leave its cores alone (one thread) and do not touch torch's global settings: where
+        background: training goes on meanwhile, so leave its cores alone (one thread) and do not touch torch's precision settings: where
         these allow rounded products, the products are made in float64, which they do not concern.
         """
         if metric == "gradnorm" or not weights:
@@ -56,7 +56,7 @@ class SpectralEngine:
             tasks = [functools.partial(_known, values) for values in spectra]
         else:
             tasks = [functools.partial(exact_eigenvalues, weight, lowest, dtypes, windows) for weight in weights]
-            threads = min(threads, _affordable(weights))
+            threads = min(threads, _affordable(weights, dtypes))
         steps = [functools.partial(_row, task, norm, metric, lowest, fit) for task, norm in zip(tasks, gradnorms, strict=True)]
         # The dearest first: a long one must not start when the others are done.
         order = sorted(range(len(weights)), key=lambda i: -weights[i].numel() * min(weights[i].shape[:2]))
@@ -67,7 +67,7 @@ class SpectralEngine:
     def device_spectra(self, weights: list[Tensor], lowest: float, dtypes: tuple[torch.dtype, ...], windows: bool = False) -> list:
         """Eigenvalues of each weight on the CPU, equal shapes solved together; an exception where there are none."""
         spectra: list = [None] * len(weights)
-        groups: dict[tuple, list[tuple[int, Tensor, float]]] = defaultdict(list)  # shape of a matrix -> (weight, matrix, scale)
+        groups: dict[tuple, list[tuple[int, Tensor, float]]] = defaultdict(list)  # alike matrices -> (weight, matrix, scale)
         prepared: dict[int, float] = {}
         for i, weight in enumerate(weights):
             try:
@@ -76,10 +76,10 @@ class SpectralEngine:
                 spectra[i] = error
                 continue
             for matrix in matrices:
-                groups[tuple(matrix.shape)].append((i, matrix, prepared[i]))
+                groups[matrix.shape, matrix.dtype, matrix.device].append((i, matrix, prepared[i]))
         parts: dict[int, list] = defaultdict(list)
-        for (_, n), members in groups.items():
-            size = max(1, BATCH_ELEMENTS // n**2)
+        for ((_, n), _, _), members in groups.items():
+            size = max(1, BATCH_BYTES // (n * n * dtypes[0].itemsize))
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
                 for (i, _, _), values in zip(batch, self._solve_batch(batch, lowest, dtypes), strict=True):
@@ -90,25 +90,33 @@ class SpectralEngine:
         return spectra
 
     def _solve_batch(self, batch: list[tuple[int, Tensor, float]], lowest: float, dtypes: tuple[torch.dtype, ...]) -> list:
-        """Spectra of matrices of one shape; those that a batched float32 solve does not do for are solved one by one."""
-        first = dtypes[0] if batch[0][1].dtype != torch.float64 else torch.float64
-        grams = torch.stack([gram(matrix, scale, first) for _, matrix, scale in batch])
+        """Spectra of matrices alike in shape, dtype and device. Those for which the first dtype is not precise enough are solved together
+        in the next one, and alone after the last; so are all where the solver fails."""
+        if batch[0][1].dtype == torch.float64:
+            dtypes = (torch.float64,)
         try:
+            grams = torch.stack([gram(matrix, scale, dtypes[0]) for _, matrix, scale in batch])
             values = self._solver(grams)(grams).double()
-            sound = (torch.isfinite(values).all(-1) & sufficient(values, lowest, first)).tolist()
-        except torch.linalg.LinAlgError:
-            values, sound = grams, [False] * len(batch)
-        del grams
-        return [v if ok else _alone(m, scale, lowest, dtypes) for v, ok, (_, m, scale) in zip(values, sound, batch, strict=True)]
+            sound = (torch.isfinite(values).all(-1) & sufficient(values, lowest, dtypes[0])).tolist()
+            del grams
+        except RuntimeError:  # a LinAlgError, or out of memory
+            return [_alone(matrix, scale, lowest, dtypes) for _, matrix, scale in batch]
+        again = [member for member, ok in zip(batch, sound, strict=True) if not ok]
+        if again and len(dtypes) > 1:
+            better = self._solve_batch(again, lowest, dtypes[1:])
+        else:
+            better = [_alone(matrix, scale, lowest, ()) for _, matrix, scale in again]
+        rest = iter(better)
+        return [v if ok else next(rest) for v, ok in zip(values, sound, strict=True)]
 
     def _solver(self, grams: Tensor) -> Callable[[Tensor], Tensor]:
         """The fastest solver for these matrices [batch, n, n]: tried once on them, remembered for their device and size.
 
         Libraries differ in whether a batched call is one, and drivers in what is fast, so it is measured and not looked up.
         """
-        key = (grams.device.type, grams.shape[-1])
+        key = f"{grams.device.type} {str(grams.dtype)[6:]} {grams.shape[-1]}"
         if key not in self.solvers:
-            sample = grams[: min(8, len(grams))]
+            sample = grams[:4]
             self.solvers[key] = min(SOLVERS, key=lambda name: _seconds(SOLVERS[name], sample))
         return SOLVERS[self.solvers[key]]
 
@@ -117,15 +125,7 @@ def _one_by_one(grams: Tensor) -> Tensor:
     return torch.stack([torch.linalg.eigvalsh(g) for g in grams])
 
 
-def _on_cpu(grams: Tensor) -> Tensor:
-    results = run_tasks([functools.partial(torch.linalg.eigvalsh, g) for g in grams.cpu()], torch.get_num_threads(), timeout=600.0)
-    for result in results:
-        if isinstance(result, Exception):
-            raise torch.linalg.LinAlgError(str(result))
-    return torch.stack(results).to(grams.device)
-
-
-SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {"batched": torch.linalg.eigvalsh, "one by one": _one_by_one, "on the CPU": _on_cpu}
+SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {"batched": torch.linalg.eigvalsh, "one by one": _one_by_one}
 
 
 def _seconds(solver: Callable[[Tensor], Tensor], grams: Tensor) -> float:
@@ -136,19 +136,21 @@ def _seconds(solver: Callable[[Tensor], Tensor], grams: Tensor) -> float:
             start = time.perf_counter()
             solver(grams).cpu()  # waits for the device
             elapsed = time.perf_counter() - start
-    except torch.linalg.LinAlgError:
+    except RuntimeError:
         return float("inf")
     return elapsed
 
 
 def _alone(matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dtype, ...]) -> Tensor | Exception:
     """One spectrum, with more precision where it needs it; on the CPU where the device's solver fails."""
-    for place in (matrix, matrix.cpu()):
-        try:
-            return spectrum(place, scale, lowest, dtypes)
-        except torch.linalg.LinAlgError as error:
-            failure = error
-    return failure
+    try:
+        return spectrum(matrix, scale, lowest, dtypes)
+    except RuntimeError:
+        pass
+    try:
+        return spectrum(matrix.cpu(), scale, lowest, dtypes).to(matrix.device)
+    except RuntimeError as error:
+        return error
 
 
 def _known(values: Tensor | Exception) -> Tensor:
@@ -172,11 +174,12 @@ def _row_or_failure(result: Row | Exception, gradnorm: float) -> Row:
     return empty_row(gradnorm), NOT_FINITE if isinstance(result, ValueError) else SOLVER_FAILED
 
 
-def _affordable(weights: list[Tensor]) -> int:
+def _affordable(weights: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> int:
     """How many matrices may be solved at a time: each takes a widened copy and, in the solver, two Gram matrices."""
-    bytes_each = [4 * w.shape[0] * w.shape[1] for w in weights]
+    wide = dtypes[0].itemsize
+    bytes_each = [wide * w.shape[0] * w.shape[1] for w in weights]
     small = [min(w.shape[:2]) for w in weights]
-    need = max(8 * n * n + (0 if w.dtype == torch.float32 else b) for n, b, w in zip(small, bytes_each, weights, strict=True))
+    need = max(2 * wide * n * n + (0 if w.dtype == dtypes[0] else b) for n, b, w in zip(small, bytes_each, weights, strict=True))
     return max(1, max(CPU_BUDGET, 2 * max(bytes_each)) // need)
 
 
@@ -187,13 +190,23 @@ def gradient_norms(weights: list[Tensor]) -> list[float]:
     """
     with_gradient = [w for w in weights if w.grad is not None]
     gradients = [w.grad.detach() for w in with_gradient]
-    if any(map(is_sharded, gradients)):
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-        norms = [n.full_tensor() if is_sharded(n) else n for n in norms]
-    elif gradients and gradients[0].device.type == "cpu":
+    if gradients and gradients[0].device.type == "cpu" and not any(map(is_sharded, gradients)):
         # torch's norm adds up one by one on a CPU: three times slower than BLAS, and forty times less exact.
-        norms = [torch.dot(g, g).sqrt() for g in (g.float().flatten() for g in gradients)]
+        norms = [
+            torch.dot(g, g).sqrt().double() for g in (g.flatten() if g.dtype == torch.float64 else g.float().flatten() for g in gradients)
+        ]
     else:
-        norms = torch._foreach_norm(gradients, dtype=torch.float32) if gradients else []
-    known = dict(zip(map(id, with_gradient), torch.stack(list(norms)).tolist() if gradients else [], strict=True))
+        norms = tensor_norms(gradients)
+    # One wait for the device, unless there are several.
+    norms = torch.stack(norms).tolist() if len({n.device for n in norms}) == 1 else list(map(float, norms))
+    known = dict(zip(map(id, with_gradient), norms, strict=True))
     return [known.get(id(w), NO_GRADIENT) for w in weights]
+
+
+def tensor_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """L2 norm of each tensor, fused, in float32 or, if one is wider, in float64; of sharded ones every rank must ask together."""
+    if any(map(is_sharded, tensors)):
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+        return [n.full_tensor() if is_sharded(n) else n for n in norms]
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return list(torch._foreach_norm(tensors, dtype=wide)) if tensors else []

@@ -74,6 +74,8 @@ def spectral_modules(model: nn.Module) -> list[BalancedModule]:
     for name, module in unwrap(model).named_modules():
         if _has_spectrum(module):
             name = clean_name(name)
+            if module.weight.dim() not in (2, 4):
+                raise ValueError(f"{name}.weight is flattened (FSDP1, ZeRO-3): shard with fully_shard, which keeps its shape")
             kind = next((part for part in reversed(name.split(".")) if not part.isdigit()), type(module).__name__)
             found.setdefault(id(module.weight), BalancedModule(name, kind, block_of(name), module))
     return list(found.values())

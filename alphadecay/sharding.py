@@ -22,6 +22,8 @@ def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) where torch.distributed is not in use."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
+    if dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in the process_group it was given: make AlphaDecay on the group's ranks only")
     return dist.get_rank(group), dist.get_world_size(group)
 
 
@@ -40,6 +42,16 @@ def check_agreement(facts: list[str], group: dist.ProcessGroup | None) -> None:
             raise ValueError(f"the ranks do not agree on what to analyse: rank 0 has {odd[0]!r}, rank {rank} has {odd[1]!r}")
 
 
+def agreed_choices(choices: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The ranks' choices together, the same on all of them: where two chose differently, the lowest rank's."""
+    _, world_size = rank_and_size(group)
+    if world_size == 1:
+        return choices
+    everyones: list[dict[str, str]] = [{} for _ in range(world_size)]
+    dist.all_gather_object(everyones, choices, group=group)
+    return {name: choice for theirs in reversed(everyones) for name, choice in theirs.items()}
+
+
 def gather_rows(rows: Tensor, owned: list[int], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
     """Bring together the rows that each rank computed, in one collective; every rank gets the same bytes.
 
@@ -51,6 +63,8 @@ def gather_rows(rows: Tensor, owned: list[int], device: torch.device, group: dis
         return rows
     mine = torch.zeros_like(rows)
     mine[owned] = rows[owned]
+    if dist.get_backend(group) == "nccl":  # the model may still be on the CPU
+        device = torch.device("cuda", torch.cuda.current_device())
     mine = mine.to(device)
     dist.all_reduce(mine, group=group)  # each row is one rank's plus zeros, so the sum is exact
     return mine.cpu()
@@ -71,10 +85,13 @@ def whole_weight(weight: Tensor, owner: int, group: dist.ProcessGroup | None) ->
     if not is_sharded(weight):
         return weight.detach() if rank == owner else None
     mesh, placements = weight.device_mesh, weight.placements
-    if mesh.ndim == 1 and mesh.size() == world_size and placements[0].is_shard(0):
+    if mesh.ndim == 1 and placements[0].is_shard(0) and mesh.mesh.flatten().tolist() == dist.get_process_group_ranks(group):
         return _gather_rows_of(weight, owner, rank, world_size, mesh.get_group())
     full = weight.detach().full_tensor()
-    return full if rank == owner else None
+    if rank != owner:
+        return None
+    # Of a replicated weight it is the parameter's own memory, which training goes on to change.
+    return full.clone() if full.data_ptr() == weight.to_local().data_ptr() else full
 
 
 def _gather_rows_of(weight: Tensor, owner: int, rank: int, world_size: int, group: dist.ProcessGroup) -> Tensor | None:

@@ -37,7 +37,7 @@ def eigenvalues(weight: Tensor, lowest: float = 0.0) -> Tensor:
 
     Returns:
         The N eigenvalues in ascending order, float64, on the weight's device (Apple's: on the CPU); N = min(out, in), times
-        kh*kw for a convolution. What is zero to working precision is exactly 0.
+        kh*kw for a convolution. Where all is done in float64, what is zero to working precision is exactly 0.
 
     Raises:
         ValueError: the weight has another number of dimensions, is empty, or holds NaN or Inf.

@@ -27,14 +27,14 @@ def empty_row(gradnorm: float) -> dict[str, float]:
     return dict.fromkeys(COLUMNS, math.nan) | {"gradnorm": gradnorm}
 
 
-def unneeded_share(metric: str, method: str = "median", xmin_pos: float = 2.0, **_: object) -> float:
+def unneeded_share(metric: str, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False) -> float:
     """The share of the spectrum, from below, that the metric does not read closely (`lowest` of `eigenvalues`)."""
     if metric in ("spectral_norm", "gradnorm_d_weightnorm"):
         return 1.0
+    if metric == "entropy" or filter_zeros or not method.startswith("median"):
+        return 0.0  # they read or count every eigenvalue
     if metric == "alpha_farms":
-        return 0.25  # the pooled median lies lower in some windows than in others
-    if metric == "entropy" or not method.startswith("median"):
-        return 0.0
+        return 0.5 / xmin_pos  # the pooled threshold lies lower in some windows than in others
     return 1 / xmin_pos
 
 

@@ -1,5 +1,6 @@
 """Independent tasks on threads of their own, of which none can hang or poison the others."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ def run_tasks(tasks: list[Callable[[], T]], threads: int, timeout: float) -> lis
     time; only where there are fewer tasks than threads do the tasks get several. A task that hangs cannot be ended: its thread, a
     daemon, is left behind and replaced.
     """
+    before = torch.get_num_threads()
     threads, each = min(threads, len(tasks)), max(1, threads // max(1, len(tasks)))
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(tasks)):
@@ -27,13 +29,16 @@ def run_tasks(tasks: list[Callable[[], T]], threads: int, timeout: float) -> lis
     started: dict[int, float] = {}
 
     def work() -> None:
-        torch.set_num_threads(each)  # of this thread alone
+        fresh = True
         while True:
             try:
                 index = waiting.get_nowait()
             except queue.Empty:
                 return
             started[index] = time.monotonic()
+            if fresh:
+                torch.set_num_threads(each)  # of this thread, and of threads that begin before the end
+                fresh = False
             try:
                 finished.put((index, tasks[index]()))
             except Exception as error:  # handed to the caller, who names the module
@@ -42,14 +47,15 @@ def run_tasks(tasks: list[Callable[[], T]], threads: int, timeout: float) -> lis
     for _ in range(threads):
         threading.Thread(target=work, daemon=True).start()
     results: dict[int, T | Exception] = {}
-    while len(results) < len(tasks):
-        try:
-            index, result = finished.get(timeout=min(1.0, timeout / 4))
-            results.setdefault(index, result)
-        except queue.Empty:
+    try:
+        while len(results) < len(tasks):
+            with contextlib.suppress(queue.Empty):
+                index, result = finished.get(timeout=min(1.0, timeout / 4))
+                results.setdefault(index, result)
             for index, start in list(started.items()):
                 if index not in results and time.monotonic() - start > timeout:
                     results[index] = TimeoutError(f"took more than {timeout:g} s")
                     threading.Thread(target=work, daemon=True).start()
-    torch.set_num_threads(torch.get_num_threads())  # new threads take the last number that any thread has set
+    finally:
+        torch.set_num_threads(before)
     return [results[index] for index in range(len(tasks))]

@@ -44,6 +44,13 @@ def sharded() -> dict:
             fully_shard(layer)
         fully_shard(model)
         results[metric] = {"whole": whole.history, "sharded": train(model, metric).history}
+    awd = alphadecay.AWD(model, 1.0)
+    model(torch.ones(1, 96)).sum().backward()
+    awd.step(torch.optim.SGD(awd.param_groups(), lr=1))
+    norms = [
+        sum(float(t.full_tensor().square().sum()) for t in ts) ** 0.5 for ts in ([p.grad for p in model.parameters()], model.parameters())
+    ]
+    assert abs(awd.average / (0.9 * norms[0] / norms[1]) - 1) < 1e-5
     return results
 
 

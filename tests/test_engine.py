@@ -139,7 +139,7 @@ def test_the_solver_is_chosen_by_trying(monkeypatch):
     spectral = SpectralEngine()
     for _ in range(3):
         spectral.device_spectra([gaussian(100, 60)] * 2, 0.5, (torch.float32,))
-    assert spectral.solvers == {("cpu", 60): "quick"} and len(tried) == 2  # tried once: a first call and a timed one
+    assert spectral.solvers == {"cpu float32 60": "quick"} and len(tried) == 2  # tried once: a first call and a timed one
 
 
 def test_tasks_run_in_order_and_apart():
@@ -157,6 +157,58 @@ def test_a_hanging_task_holds_up_no_other():
     results = run_tasks([lambda: time.sleep(60), *([lambda: 7] * 5)], 1, 0.5)
     assert isinstance(results[0], TimeoutError) and results[1:] == [7] * 5
     assert time.monotonic() - start < 10
+
+
+def test_the_number_of_threads_is_left_alone():
+    """Also when the analysis runs on a thread of its own: new threads take the number that was set last."""
+    before = torch.get_num_threads()
+    caller = threading.Thread(target=run_tasks, args=([lambda: time.sleep(0.01)] * 3, 1, 10.0))
+    caller.start()
+    caller.join()
+    seen = []
+    late = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    late.start()
+    late.join()
+    assert seen == [before] == [torch.get_num_threads()]
+
+
+def test_filter_zeros_reads_every_eigenvalue():
+    """The filter counts eigenvalues above 1e-5, also in the half that alpha does not read."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(200, 120, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    weight = ((left * torch.linspace(10, 100, 120, dtype=torch.float64)) @ right.T).float()
+    row, _ = SpectralEngine().rows([weight], [10.0], "alpha", filter_zeros=True)[0]
+    values = reference.eigenvalues(weight)
+    assert row["alpha"] == pytest.approx(reference.fit(values[values > 1e-5])[0], rel=1e-6)
+
+
+def test_mixed_dtypes_of_one_shape_keep_their_precision():
+    weights = [gaussian(100, 60), gaussian(100, 60, 1, torch.float64)]
+    values = SpectralEngine().device_spectra(weights, 0.5, (torch.float32, torch.float64))[1]
+    assert values.numpy() == pytest.approx(reference.eigenvalues(weights[1]), rel=1e-10)
+
+
+def test_a_rank_whose_engine_fails_still_answers(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    for lag in (0, 1):
+        decay = AlphaDecay(model, 0.1, every=2, lag=lag)
+        before = dict(decay.weight_decays)
+        optimizer = torch.optim.SGD(decay.param_groups(), lr=0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(decay._engine, "rows", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+            for _ in range(2 + lag):
+                decay.step(optimizer)
+        assert decay.weight_decays == before and decay.history[-1]["reason"] == "the eigenvalue solver failed"
+
+
+def test_norms_of_wide_and_half_tensors():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        tensors = [gaussian(100, 60, seed, dtype) for seed in range(2)]
+        expected = [float(t.double().norm()) for t in tensors]
+        assert [float(n) for n in engine.tensor_norms(tensors)] == pytest.approx(expected, rel=1e-5)
+        for tensor in tensors:
+            tensor.grad = tensor.clone()
+        assert engine.gradient_norms(tensors) == pytest.approx(expected, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- aspect-corrected alpha
