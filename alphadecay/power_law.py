@@ -1,6 +1,8 @@
 """Eigenvalues -> alpha and D: the power law that fits the tail of a spectrum."""
 
+import bisect
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 METHODS = ("median", "median-paper", "goodness-of-fit", "fix-finger", "fix-finger-reference")
 HISTOGRAM_BINS = 100  # of log10 lambda, for fix-finger
 ZERO = 1e-5  # filter_zeros leaves out eigenvalues up to here (the reference's threshold)
-BLOCK_ROWS = 128  # thresholds that are tried at a time: they take 128 N numbers of memory
+BLOCK_ROWS = 256  # thresholds that are tried at a time: they take 256 N numbers of memory
 
 
 ZERO_THRESHOLD = "the median eigenvalue is zero"
@@ -36,6 +38,7 @@ class PowerLaw(NamedTuple):
     tail: int
 
 
+@torch.inference_mode()  # spares the many small operations of the searches a tenth of their time
 def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False) -> PowerLaw:
     """Fit a power law to the upper part of a spectrum: PL_Alpha_Hill and its two searches for a threshold.
 
@@ -61,13 +64,13 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
     values = eigenvalues.detach().to("cpu", torch.float64)
     if filter_zeros and (values > ZERO).any():
         values = values[values > ZERO]
-    if (values[1:] < values[:-1]).any():
+    if len(values) > 1 and float(values.diff().min()) < 0:
         raise ValueError("the eigenvalues are not in ascending order: sort them first")
     if len(values) < 2:
         raise UndefinedPowerLaw(TOO_FEW)
     if method in ("median", "median-paper"):
         return _fit_median(values, xmin_pos, paper=method == "median-paper")
-    if values[-1] <= 0:
+    if float(values[-1]) <= 0:
         raise UndefinedPowerLaw(ZERO_THRESHOLD)
     return _least_distance(values, *_window(values, method))
 
@@ -94,17 +97,16 @@ def _fit_median(values: Tensor, xmin_pos: float, paper: bool) -> PowerLaw:
 
 def _window(values: Tensor, method: str) -> tuple[int, int]:
     """Indices [start, stop) of the eigenvalues that may be the threshold: all above zero but the last, or those near the peak."""
-    lower, upper = torch.finfo(values.dtype).tiny, math.inf
+    numbers = values.tolist()
+    lower, upper = sys.float_info.min, math.inf
     if method != "goodness-of-fit":
-        positive = values[int(torch.searchsorted(values, lower)) :]
-        logs = positive.log10()
+        logs = values[bisect.bisect_left(numbers, lower) :].log10()
         low, high = float(logs[0]), float(logs[-1])
         if low == high:
             raise UndefinedPowerLaw(EQUAL_TAIL)
         peak = 10 ** (low + (high - low) * int(torch.histc(logs, HISTOGRAM_BINS, low, high).argmax()) / HISTOGRAM_BINS)
         lower, upper = max(lower, 0.95 * peak if method == "fix-finger" else math.log10(0.95 * peak)), 1.5 * peak
-    start, stop = int(torch.searchsorted(values, lower)), int(torch.searchsorted(values, upper, right=True))
-    return start, min(stop, len(values) - 1)
+    return bisect.bisect_left(numbers, lower), min(bisect.bisect_right(numbers, upper), len(numbers) - 1)
 
 
 def _least_distance(values: Tensor, start: int, stop: int) -> PowerLaw:
@@ -117,22 +119,23 @@ def _least_distance(values: Tensor, start: int, stop: int) -> PowerLaw:
     logs = values[start:].log()  # from here on i and j count from `start`, which changes neither j - i nor N - i
     count, kept = len(logs), stop - start
     places = torch.arange(count, dtype=logs.dtype)
-    sizes = count - places[:kept]
-    alphas = 1 + sizes / (logs.flip(0).cumsum(0).flip(0)[:kept] - sizes * logs[:kept])
-    slopes, steps = 1 - alphas, sizes.reciprocal()
-    # Both parts of the difference are of rank two in (i, j): a product of [rows, 2] and [2, columns] makes each in one pass.
-    exponents = torch.stack([slopes, -slopes * logs[:kept]], dim=1), torch.stack([logs, torch.ones_like(logs)])
-    empirical = torch.stack([steps, -places[:kept] * steps - 1], dim=1), torch.stack([places, torch.ones_like(logs)])
-    distances = torch.empty_like(alphas)
+    sizes, own = (count - places[:kept])[:, None], logs[:kept, None]
+    suffix_sums = logs.flip(0).cumsum(0).flip(0)[:kept, None]  # of ln lambda_j over j >= i
+    slopes = sizes / (sizes * own - suffix_sums)  # [kept, 1], 1 - alpha
+    steps, offsets = sizes.reciprocal(), slopes * own
+    distances = torch.empty_like(logs[:kept])
     for first in range(0, kept, BLOCK_ROWS):
         rows = slice(first, min(first + BLOCK_ROWS, kept))
-        gap = (exponents[0][rows] @ exponents[1][:, first:]).exp_()  # [rows, N - first], (lambda_j / lambda_i)^(1 - alpha_i)
-        gap.addmm_(empirical[0][rows], empirical[1][:, first:])
+        # Each part of the difference, [rows, N - first], is an outer product less a column, which one call makes:
+        # (lambda_j / lambda_i)^(1 - alpha_i), and (j - i) / (N - i) - 1 = j / (N - i) - N / (N - i).
+        model = torch.addmm(offsets[rows], slopes[rows], logs[None, first:], beta=-1).exp_()
+        gap = torch.addmm(steps[rows], steps[rows], places[None, first:], beta=-count).add_(model)
         gap[:, : len(gap)].triu_()  # nothing of what lies below a row's own threshold
-        least, greatest = gap.aminmax(dim=1)
-        distances[rows] = torch.maximum(-least, greatest)
-    distances = torch.where(alphas.isfinite() & (alphas > 1), distances, 1.0)
+        distances[rows] = gap.abs_().amax(dim=1)
+    # Where alpha is infinite, D is not a number.
+    distances = torch.where((slopes[:, 0] < 0) & (distances < 1), distances, 1.0)
     best = int(distances.argmin())
-    if not distances[best] < 1:
+    alpha, distance, threshold = 1 - float(slopes[best]), float(distances[best]), float(values[start + best])
+    if distance >= 1:
         raise UndefinedPowerLaw(NO_THRESHOLD)
-    return PowerLaw(float(alphas[best]), float(distances[best]), float(values[start + best]), count - best)
+    return PowerLaw(alpha, distance, threshold, count - best)
