@@ -40,8 +40,10 @@ def model_of(size: str, device: str) -> nn.Module:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns."""
+    """Median seconds of each call; they take turns, after a first round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -63,7 +65,6 @@ def analysis(model: nn.Module, engine: SpectralEngine) -> None:
 
 def bench_one_process(size: str, rounds: int, device: str) -> dict:
     model, engine = model_of(size, device), SpectralEngine()
-    analysis(model, engine)  # the first one loads libraries and, on a GPU, chooses the solver
     seconds = interleaved({"svdvals": lambda: svdvals_loop(model), "ours": lambda: analysis(model, engine)}, rounds)
     plain = [reference.fit(reference.eigenvalues(m.weight.cpu()))[0] for m in balanced_modules(model)[:8]]
     weights = [m.weight for m in balanced_modules(model)[:8]]
