@@ -143,11 +143,6 @@ class RowOrder:
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n)
 
 
-def row_indices(seed: int, n: int, start: int, stop: int) -> np.ndarray:
-    """The rows, of `n`, at the positions [start, stop) of a run with this seed: int64 [stop - start]."""
-    return RowOrder(seed, n).indices(start, stop)
-
-
 # -------------------------------------------------------------------------------------------------------------------- storing
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.rows import RowOrder, Rows, StreamedRows, cached_rows, row_indices, tokenize_rows
+from peft_pretraining.rows import RowOrder, Rows, StreamedRows, cached_rows, tokenize_rows
 from peft_pretraining.tokenization import load_tokenizer
 
 LENGTH = 16
@@ -62,18 +62,18 @@ def test_documents_without_tokens_are_dropped(tokenizer):
 
 
 def test_order_is_a_fresh_permutation_each_epoch_and_a_function_of_the_position():
-    straight = row_indices(5, 10, 0, 35)
+    straight = RowOrder(5, 10).indices(0, 35)
     for epoch in range(3):
         assert sorted(straight[epoch * 10 : epoch * 10 + 10]) == list(range(10))
     assert straight[:10].tolist() != straight[10:20].tolist() != straight[20:30].tolist()
-    assert straight.tolist() != row_indices(6, 10, 0, 35).tolist()
+    assert straight.tolist() != RowOrder(6, 10).indices(0, 35).tolist()
     for start in range(35):
         for stop in range(start + 1, 36):
-            assert row_indices(5, 10, start, stop).tolist() == straight[start:stop].tolist()
+            assert RowOrder(5, 10).indices(start, stop).tolist() == straight[start:stop].tolist()
     order = RowOrder(5, 10)
     assert [i for start in range(0, 35, 5) for i in order.indices(start, start + 5)] == straight.tolist()
     # Written down once: other numbers would show a continued run other rows.
-    assert row_indices(0, 8, 0, 8).tolist() == np.random.Generator(np.random.PCG64([0, 0])).permutation(8).tolist()
+    assert RowOrder(0, 8).indices(0, 8).tolist() == np.random.Generator(np.random.PCG64([0, 0])).permutation(8).tolist()
 
 
 def test_cache_is_written_once_and_depends_on_key_and_tokenizer(tokenizer, tmp_path):
