@@ -35,10 +35,26 @@ class Ranks:
             dist.barrier()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, in place."""
+        """The sum of `values` over all ranks, in place. On the CPU it does not wait for what a GPU still has to do."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, thing: object) -> list | None:
+        """What each rank passed, in the order of the ranks: on rank 0 only, None on the others. For small things that can be pickled."""
+        if self.world_size == 1:
+            return [thing]
+        things = [None] * self.world_size if self.is_main else None
+        dist.gather_object(thing, things)
+        return things
+
+    def broadcast(self, thing: object) -> object:
+        """What rank 0 passed. For small things that can be pickled."""
+        if self.world_size == 1:
+            return thing
+        things = [thing]
+        dist.broadcast_object_list(things)
+        return things[0]
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
@@ -57,7 +73,7 @@ def world_size_of_environment() -> int:
 
 @contextlib.contextmanager
 def process_group(single_cuda: bool = False) -> Iterator[Ranks]:
-    """Join the other processes of torchrun, if any: nccl where there are GPUs, else gloo.
+    """Join the other processes of torchrun, if any: gloo for what is on the CPU, nccl for what is on GPUs.
 
     single_cuda: one process on one GPU; a second process or no GPU is an error.
     """
@@ -73,7 +89,7 @@ def process_group(single_cuda: bool = False) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if world_size > 1:
         cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
     try:
         yield Ranks(int(os.environ.get("RANK", 0)), local_rank, world_size, device)
     finally:
