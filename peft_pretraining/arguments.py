@@ -47,6 +47,7 @@ def _add_model_and_data(g) -> None:
     g.add_argument("--validation_file", metavar="FILE", help="default: the source's own validation split, or 1 %% held out by hash")
     g.add_argument("--tokenizer", default="t5-base", help="a hub name, a folder, or bpe: trained on the corpus (default t5-base)")
     g.add_argument("--max_length", type=int, default=256, help="tokens in a row: a document is cut or padded to it (default 256)")
+    g.add_argument("--max_passes", type=int, metavar="N", help="stop before data is seen more than N times (default: go on)")
     g.add_argument("--workers", type=int, default=8, help="processes that read and tokenize a stream, for each rank (default 8)")
     g.add_argument("--seed", type=int, default=5, help="of the initial weights and of the order of the data (default 5)")
 
@@ -65,6 +66,10 @@ def _add_training(g) -> None:
     g.add_argument("--cycle_length", type=int, help="updates in a cycle of cosine_restarts")
     g.add_argument("--min_lr_ratio", type=float, default=0.1, help="last learning rate over the peak (default 0.1)")
     g.add_argument("--grad_clipping", type=float, default=0.0, help="greatest gradient norm; 0: none (default; the paper's text says 1.0)")
+    g.add_argument(
+        "--max_skipped_updates", type=int, default=10, metavar="N",
+        help="updates whose loss or gradient is not finite are left out; after N in a row the run stops, with a checkpoint (default 10)",
+    )  # fmt: skip
     g.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16",
         help="bfloat16: bf16 parameters, as published (default); bf16_mixed: float32 parameters under bf16 autocast, "
@@ -109,7 +114,8 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
 
 def _check_positive(args: argparse.Namespace) -> None:
     positive = ("num_training_steps", "max_train_tokens", "batch_size", "total_batch_size", "gradient_accumulation", "max_length",
-                "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr")  # fmt: skip
+                "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr",
+                "max_skipped_updates", "max_passes")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:

@@ -1,5 +1,7 @@
 """What a run tells: log lines, one progress bar, metrics.jsonl, modules.jsonl, run.json and Weights & Biases."""
 
+import contextlib
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -9,6 +11,8 @@ import netrc
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from tqdm import tqdm
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 
-METRICS, MODULES, RUN = "metrics.jsonl", "modules.jsonl", "run.json"
+METRICS, MODULES, RUN, LOCK = "metrics.jsonl", "modules.jsonl", "run.json", ".lock"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "timm", "wandb")
 
 
@@ -89,10 +93,13 @@ class RunLog:
 
     def finish(self, summary: dict) -> None:
         """Add the run's summary to run.json and close the bar and W&B."""
-        if not self.enabled:
-            return
-        self.description["summary"] = summary
-        self._write_description()
+        if self.enabled:
+            self.description["summary"] = summary
+            self._write_description()
+            self.close()
+
+    def close(self) -> None:
+        """Close the bar and W&B."""
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
@@ -113,6 +120,35 @@ def make_run_folder(folder: Path, fresh: bool) -> None:
         append_json(folder / METRICS, [])
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written ({error.strerror}): give another --save_dir") from error
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, patience: float = 15.0) -> Iterator[None]:
+    """Hold the run folder for this process. Raises UserError where another one holds it: two runs in one folder would mix.
+
+    patience: seconds to wait for one that is about to end (torchrun may restart a run before its killed processes are gone).
+    """
+    with open(folder / LOCK, "a+") as file:
+        deadline = time.monotonic() + patience
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process trains in {folder}: end it (its number is in {folder / LOCK}), or give another --save_dir"
+                )
+            time.sleep(0.2)
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        yield
+
+
+def _locked(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have no locks
+        pass
+    return True
 
 
 def append_json(path: Path, records: list[dict]) -> None:

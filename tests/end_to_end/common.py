@@ -3,12 +3,24 @@
 import json
 import os
 import random
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+FINAL = "checkpoints/model_40"
+FAULTY = "tests/end_to_end/faulty_main.py"
+
+
+REFERENCE_COMMAND = (
+    "torchrun --nproc_per_node=2 --master_port=20301 --master_addr=localhost torchrun_main.py --model_config configs/llama_130m.json "
+    "--optimizer adam --seed 5 --lr 0.001 --batch_size 256 --total_batch_size 512 --num_training_steps 20000 --warmup_steps 2000 "
+    "--weight_decay 0.00001 --use_modulewise_wd --alpha_positively_with_WD --unbalancedWD_every 500 --esd_metric_for_tb alpha "
+    "--assign_func tb_linear_map --wd_min_ratio 0.6666 --wd_max_ratio 3 --dtype bfloat16 --eval_every 1000 "
+    "--wandb_name ours-adam-1.5-3unb-130M-lr0.001-WD0.00001-repeat1 --target_eval_tokens 10_000_000 --save_every 10000"
+)
 
 
 def write_config(folder, **changes):
@@ -35,16 +47,81 @@ def write_text(folder, documents=600, name="corpus.jsonl"):
     return path
 
 
-def run(arguments, script="torchrun_main.py", processes=2, check=True, environment=None):
-    """Run a script from the repository's root; returns the finished process with its output."""
-    start = TORCHRUN if processes == 2 else [sys.executable]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
-    command = [*start, script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+def command(arguments, script="torchrun_main.py", processes=2, options=()):
+    """How a user starts a script, from the repository's root."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    return [*(torchrun if processes > 1 else [sys.executable]), script, *map(str, arguments)]
+
+
+def surroundings(changes=None):
+    """The environment of a script that is started."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (changes or {})
+
+
+def run(arguments, script="torchrun_main.py", processes=2, check=True, environment=None, options=()):
+    """Run a script to its end; returns the finished process with its output."""
+    words = command(arguments, script, processes, options)
+    done = subprocess.run(
+        words, cwd=ROOT, env=surroundings(environment), capture_output=True, text=True, timeout=240, start_new_session=True
+    )
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
 
 
+def kill_tree(pid):
+    """SIGKILL to a process and all below it; torchrun's workers are not in its process group."""
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            kill_tree(int(child))
+    os.kill(pid, signal.SIGKILL)
+
+
 def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def reference_arguments(**changes):
+    """The published command's arguments, some of them changed or added."""
+    words = shlex.split(REFERENCE_COMMAND)
+    words = words[words.index("torchrun_main.py") + 1 :]
+    for flag, value in changes.items():
+        if f"--{flag}" in words:
+            words[words.index(f"--{flag}") + 1] = str(value)
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def small(folder, **changes):
+    sizes = {"max_length": 64, "batch_size": 4, "total_batch_size": 16, "warmup_steps": 4}
+    inputs = {"model_config": folder / "config.json", "dataset": folder / "corpus.jsonl", "tokenizer": "bpe"}
+    return reference_arguments(**inputs | sizes | changes)
+
+
+def exact(inputs, name, *more, **changes):
+    """A run of 40 updates in float32 with analyses and a checkpoint at its half."""
+    settings = {"num_training_steps": 40, "unbalancedWD_every": 7, "eval_every": 20, "save_every": 20, "log_every": 1, "dtype": "float32"}
+    return [*small(inputs, save_dir=inputs / name, **settings | changes), *more]
+
+
+def traced(folder, **more):
+    """Environment for FAULTY: a trace beside the run folder, and no W&B, which takes seconds to start."""
+    return {"TRACE": f"{folder}.trace", "WANDB_MODE": "disabled", **more}
+
+
+def trace(folder, rank=0):
+    """What a rank held after each update; of updates made twice the last."""
+    return {line.pop("update"): line for line in read_lines(f"{folder}.trace.rank{rank}")}
+
+
+def comparable(folder):
+    """Everything of a run that must not depend on whether it was stopped."""
+    timings = ("throughput_", "seconds", "eval_seconds")
+    metrics = [{k: v for k, v in r.items() if not k.startswith(timings)} for r in read_lines(folder / "metrics.jsonl")]
+    return {
+        "metrics": metrics,
+        "modules": read_lines(folder / "modules.jsonl"),
+        "trace": [trace(folder, rank) for rank in (0, 1)],
+        "files": json.loads((folder / FINAL / "manifest.json").read_text()),
+    }

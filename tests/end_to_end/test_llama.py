@@ -2,52 +2,13 @@
 
 import json
 import math
-import os
 import re
 import shlex
 
 import pytest
 import torch
 
-from end_to_end.common import ROOT, read_lines, run, write_config, write_text
-
-REFERENCE_COMMAND = (
-    "torchrun --nproc_per_node=2 --master_port=20301 --master_addr=localhost torchrun_main.py --model_config configs/llama_130m.json "
-    "--optimizer adam --seed 5 --lr 0.001 --batch_size 256 --total_batch_size 512 --num_training_steps 20000 --warmup_steps 2000 "
-    "--weight_decay 0.00001 --use_modulewise_wd --alpha_positively_with_WD --unbalancedWD_every 500 --esd_metric_for_tb alpha "
-    "--assign_func tb_linear_map --wd_min_ratio 0.6666 --wd_max_ratio 3 --dtype bfloat16 --eval_every 1000 "
-    "--wandb_name ours-adam-1.5-3unb-130M-lr0.001-WD0.00001-repeat1 --target_eval_tokens 10_000_000 --save_every 10000"
-)
-FINAL = "checkpoints/model_40"
-
-
-def reference_arguments(**changes):
-    """The published command's arguments, some of them changed or added."""
-    words = shlex.split(REFERENCE_COMMAND)
-    words = words[words.index("torchrun_main.py") + 1 :]
-    for flag, value in changes.items():
-        if f"--{flag}" in words:
-            words[words.index(f"--{flag}") + 1] = str(value)
-        else:
-            words += [f"--{flag}", str(value)]
-    return words
-
-
-def small(folder, **changes):
-    sizes = {"max_length": 64, "batch_size": 4, "total_batch_size": 16, "warmup_steps": 4}
-    inputs = {"model_config": folder / "config.json", "dataset": folder / "corpus.jsonl", "tokenizer": "bpe"}
-    return reference_arguments(**inputs | sizes | changes)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A folder with a small config and a corpus, and a cache of its own."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_config(folder)
-    write_text(folder)
-    os.environ["ALPHADECAY_CACHE"] = str(folder / "cache")
-    yield folder
-    del os.environ["ALPHADECAY_CACHE"]
+from end_to_end.common import REFERENCE_COMMAND, ROOT, exact, read_lines, run, small, trace
 
 
 def test_the_readme_prints_the_reference_command():
@@ -108,48 +69,10 @@ def test_transformers_loads_the_checkpoint(reference_run):
     assert transformers.AutoTokenizer.from_pretrained(folder)("a word").input_ids
 
 
-def exact(inputs, name, *more, **changes):
-    arguments = small(
-        inputs, num_training_steps=40, unbalancedWD_every=7, eval_every=20, save_every=20, log_every=1, dtype="float32",
-        save_dir=inputs / name, **changes,
-    )  # fmt: skip
-    return [*arguments, *more]
-
-
-@pytest.fixture(scope="module")
-def straight_run(inputs):
-    run(exact(inputs, "straight"), script="tests/end_to_end/rank_hashes.py")
-    return inputs / "straight"
-
-
 def test_ranks_are_bit_identical(straight_run):
-    for step in (20, 40):
-        ranks = [json.loads((straight_run / f"checkpoints/model_{step}.rank{r}.json").read_text()) for r in (0, 1)]
-        assert ranks[0] == ranks[1]
-        assert len(ranks[0]["decays"]) == 14
-
-
-def test_stopped_and_resumed_is_bit_exact(inputs, straight_run):
-    """Killed in update 27, after the checkpoint of update 20, and continued to 40, with updates of the decays on both sides."""
-    arguments = exact(inputs, "stopped", "--continue_from", "auto")
-    script = "tests/end_to_end/rank_hashes.py"
-    assert run(arguments, script=script, check=False, environment={"KILL_AT_UPDATE": "27"}).returncode != 0
-    assert [r["update_step"] for r in read_lines(inputs / "stopped/metrics.jsonl")][-1] == 26
-    assert not (inputs / "stopped" / FINAL).exists()
-    with (inputs / "stopped/metrics.jsonl").open("a") as file:
-        file.write('{"update_step": 39, "loss": 1')  # a line torn by the kill
-    assert "continue from" in run(arguments, script=script).stderr
-    assert comparable(inputs / "stopped") == comparable(straight_run)
-    assert "has made all 40 updates" in run(arguments, script=script).stderr  # and ends well: there is nothing to do
-
-
-def comparable(folder):
-    """Everything of a run that must not depend on whether it was stopped."""
-    timings = ("throughput_", "seconds", "eval_seconds")
-    metrics = [{k: v for k, v in r.items() if not k.startswith(timings)} for r in read_lines(folder / "metrics.jsonl")]
-    hashes = [(folder / f"{FINAL}.rank{r}.json").read_text() for r in (0, 1)]
-    manifest = (folder / FINAL / "manifest.json").read_text()
-    return metrics, (folder / "modules.jsonl").read_text(), hashes, manifest
+    ranks = [trace(straight_run, rank) for rank in (0, 1)]
+    assert ranks[0] == ranks[1] and list(ranks[0]) == list(range(1, 41))
+    assert len(ranks[0][1]["decays"]) == 14 and ranks[0][6]["decays"] != ranks[0][7]["decays"]
 
 
 def test_one_process_sees_the_same_batches(inputs, straight_run):

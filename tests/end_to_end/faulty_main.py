@@ -1,0 +1,105 @@
+"""torchrun_main.py with a trace of what each rank holds after every update, and with faults that the environment asks for.
+
+TRACE=FILE             each rank appends a line for each update to FILE.rank<r>: hashes of weights and optimizer, and the decays
+FAULT=WHAT@UPDATE@WHO  in that update, on that rank (or `all`): `kill` (SIGKILL), `nan` (one gradient, before the exchange; `nan+`: from
+                       that update on), `data` (no batch), `slow` (takes a minute), `SIGTERM`, `SIGUSR1`, `SIGTERM>agent` (to torchrun)
+FAULT_ONCE=FILE        the fault happens only while FILE is not there, and makes it
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import torchrun_main
+from peft_pretraining.distributed import run_script
+from peft_pretraining.errors import UserError
+
+RANK = int(os.environ.get("RANK", 0))
+forward_backward, training_batches = torchrun_main.forward_backward, torchrun_main.training_batches
+build_optimizer, build_model = torchrun_main.build_optimizer, torchrun_main.build_model
+now = {"update": None, "nan": False}
+
+
+def fault(what: str, update: int) -> bool:
+    wanted, at, who = os.environ.get("FAULT", "none@-1@-1").split("@")
+    once = os.environ.get("FAULT_ONCE")
+    due = wanted.rstrip("+") == what and (update == int(at) or wanted.endswith("+") and update > int(at)) and who in ("all", str(RANK))
+    if not due or once and Path(once).exists():
+        return False
+    if once:
+        Path(once).touch()
+    return True
+
+
+def batches_with_faults(*arguments, position, total_batch_size, **named):
+    steps = training_batches(*arguments, position=position, total_batch_size=total_batch_size, **named)
+    for update in itertools.count((position["rows"] if position else 0) // total_batch_size + 1):
+        if fault("data", update):
+            raise UserError("corpus.jsonl cannot be read")
+        now["update"] = update
+        yield next(steps)
+
+
+def forward_backward_with_faults(*arguments):
+    now["nan"] = fault("nan", now["update"])
+    for name in ("SIGTERM", "SIGUSR1"):
+        if fault(name, now["update"]):
+            os.kill(os.getpid(), getattr(signal, name))
+    if fault("slow", now["update"]):
+        end = time.monotonic() + 60
+        while time.monotonic() < end:  # a signal would cut one long sleep short
+            time.sleep(0.1)
+    if fault("SIGTERM>agent", now["update"]):
+        os.kill(os.getppid(), signal.SIGTERM)
+    if fault("kill", now["update"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward_backward(*arguments)
+
+
+def build_model_with_faults(*arguments):
+    model = build_model(*arguments)
+    next(model.parameters()).register_hook(lambda gradient: gradient * math.nan if now["nan"] else gradient)
+    return model
+
+
+def build_optimizer_with_trace(*arguments):
+    optimizer = build_optimizer(*arguments)
+    if "TRACE" in os.environ:
+        optimizer.register_step_post_hook(write_trace)
+    return optimizer
+
+
+def write_trace(optimizer, *_) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [value for p in parameters for _, value in sorted(optimizer.state[p].items())]
+    line = {
+        "update": now["update"],
+        "weights": digest(parameters),
+        "optimizer": digest(moments),
+        "decays": {group.get("module") or "rest": group["weight_decay"] for group in optimizer.param_groups},
+    }
+    with open(f"{os.environ['TRACE']}.rank{RANK}", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+if __name__ == "__main__":
+    torchrun_main.training_batches = batches_with_faults
+    torchrun_main.forward_backward = forward_backward_with_faults
+    torchrun_main.build_model = build_model_with_faults
+    torchrun_main.build_optimizer = build_optimizer_with_trace
+    sys.exit(run_script(torchrun_main.main))
