@@ -1,5 +1,6 @@
 """Starting the real scripts: small configs, generated text, torchrun on 2 CPU processes."""
 
+import contextlib
 import json
 import os
 import random
@@ -69,12 +70,19 @@ def run(arguments, script="torchrun_main.py", processes=2, check=True, environme
     return done
 
 
-def kill_tree(pid):
-    """SIGKILL to a process and all below it; torchrun's workers are not in its process group."""
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            kill_tree(int(child))
-    os.kill(pid, signal.SIGKILL)
+def descendants(pid):
+    """The processes below one: torchrun's workers are not in its process group."""
+    try:
+        children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    except OSError:  # it has just ended
+        return []
+    return children + [below for child in children for below in descendants(child)]
+
+
+def kill(pid):
+    """SIGKILL, to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def read_lines(path):
@@ -115,7 +123,7 @@ def trace(folder, rank=0):
     return {line.pop("update"): line for line in read_lines(f"{folder}.trace.rank{rank}")}
 
 
-def comparable(folder):
+def comparable(folder, final=FINAL):
     """Everything of a run that must not depend on whether it was stopped."""
     timings = ("throughput_", "seconds", "eval_seconds")
     metrics = [{k: v for k, v in r.items() if not k.startswith(timings)} for r in read_lines(folder / "metrics.jsonl")]
@@ -123,5 +131,5 @@ def comparable(folder):
         "metrics": metrics,
         "modules": read_lines(folder / "modules.jsonl"),
         "trace": [trace(folder, rank) for rank in (0, 1)],
-        "files": json.loads((folder / FINAL / "manifest.json").read_text()),
+        "files": json.loads((folder / final / "manifest.json").read_text()),
     }

@@ -7,7 +7,21 @@ import time
 
 import pytest
 
-from end_to_end.common import FAULTY, FINAL, ROOT, command, comparable, exact, kill_tree, read_lines, run, surroundings, trace, traced
+from end_to_end.common import (
+    FAULTY,
+    FINAL,
+    ROOT,
+    command,
+    comparable,
+    descendants,
+    exact,
+    kill,
+    read_lines,
+    run,
+    surroundings,
+    trace,
+    traced,
+)
 
 
 def faulty(inputs, name, fault, *flags, once=False, environment=None, **changes):
@@ -50,7 +64,8 @@ def test_killed_at_random_instants(inputs, straight_run):
             wait_for_update(inputs / "random", running, kills * 7 + 2)
             time.sleep(rng.random() * 0.3)
             kills += running.poll() is None
-            kill_tree(running.pid)
+            for pid in (*descendants(running.pid), running.pid):
+                kill(pid)
         if running.wait(timeout=120) == 0:
             break
     wanted, found = comparable(straight_run), comparable(inputs / "random")
