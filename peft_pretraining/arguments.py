@@ -44,6 +44,8 @@ def _add_model_and_data(g) -> None:
         help="c4 (streamed from the Hugging Face Hub), pydocs (built in, needs no network), a .jsonl/.txt/.parquet file "
         "(.gz, .xz, .zst too) or a folder of them (default c4)",
     )  # fmt: skip
+    g.add_argument("--stream", action="store_true", help="read files while training instead of tokenizing them beforehand, as c4 always is")
+    g.add_argument("--max_passes", type=int, metavar="N", help="stop with an error where data would be seen once more (default: no limit)")
     g.add_argument("--validation_file", metavar="FILE", help="default: the source's own validation split, or 1 %% held out by hash")
     g.add_argument("--tokenizer", default="t5-base", help="a hub name, a folder, or bpe: trained on the corpus (default t5-base)")
     g.add_argument("--max_length", type=int, default=256, help="tokens in a row: a document is cut or padded to it (default 256)")
@@ -109,7 +111,8 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
 
 def _check_positive(args: argparse.Namespace) -> None:
     positive = ("num_training_steps", "max_train_tokens", "batch_size", "total_batch_size", "gradient_accumulation", "max_length",
-                "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr")  # fmt: skip
+                "max_passes", "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length",
+                "lr")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:
