@@ -112,8 +112,8 @@ class StreamedRows:
                 before = LanePosition(finished + 1, 0, 0, before.passes)
             if empty:
                 raise UserError(
-                    f"The training stream holds no document in shard {lane} and every {lanes}th after it, of {len(shards)} in all; "
-                    "give more or larger files, or leave --stream out."
+                    f"Lane {lane} of {lanes} of the training stream, {len(shards)} of its {self.documents.n_shards} shards, "
+                    "holds no document; give more or larger files, or leave --stream out."
                 )
             before = LanePosition(passes=before.passes + 1)
 
