@@ -77,7 +77,7 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, first=ranks.first,
+            args.validation_file, stream=args.stream, first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
@@ -139,9 +139,11 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
     if ranks.world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=[ranks.local_rank] if cuda else None)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
+    done = progress["update_step"]
     steps = training_batches(
-        data.train, seed=args.seed, start_step=progress["update_step"], total_batch_size=args.total_batch_size,
-        batch_size=args.batch_size, rank=ranks.rank, world_size=ranks.world_size, workers=args.workers, pin_memory=cuda,
+        data.train, seed=args.seed, position={"rows": done * args.total_batch_size} if done else None,
+        total_batch_size=args.total_batch_size, batch_size=args.batch_size, rank=ranks.rank, world_size=ranks.world_size,
+        workers=args.workers, pin_memory=cuda, max_passes=args.max_passes,
     )  # fmt: skip
     log.modules(decay.history if decay else [])
     log.start_bar(args.num_training_steps, progress["update_step"])
@@ -151,7 +153,7 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
 
     for update in range(progress["update_step"] + 1, args.num_training_steps + 1):
         # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
-        loss, n_tokens = forward_backward(parallel, next(steps), autocast, ranks)
+        loss, n_tokens = forward_backward(parallel, next(steps).micro_batches, autocast, ranks)
         tokens_seen += n_tokens
         norm = clip_gradients(model, args.grad_clipping)
         sound &= torch.isfinite(norm)  # gradients are summed over the ranks, so one rank's NaN is everyone's

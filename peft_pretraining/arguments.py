@@ -44,6 +44,7 @@ def _add_model_and_data(g) -> None:
         help="c4 (streamed from the Hugging Face Hub), pydocs (built in, needs no network), a .jsonl/.txt/.parquet file "
         "(.gz, .xz, .zst too) or a folder of them (default c4)",
     )  # fmt: skip
+    g.add_argument("--stream", action="store_true", help="read files while training instead of tokenizing them beforehand, as c4 always is")
     g.add_argument("--validation_file", metavar="FILE", help="default: the source's own validation split, or 1 %% held out by hash")
     g.add_argument("--tokenizer", default="t5-base", help="a hub name, a folder, or bpe: trained on the corpus (default t5-base)")
     g.add_argument("--max_length", type=int, default=256, help="tokens in a row: a document is cut or padded to it (default 256)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.rows import RowOrder, Rows, StreamedRows, cached_rows, tokenize_rows
+from peft_pretraining.rows import RowOrder, Rows, cached_rows, tokenize_rows
 from peft_pretraining.sources import Source, Split, cache_folder, open_source, split_documents
+from peft_pretraining.stream import LanePosition, StreamedRows, stream_batches
 from peft_pretraining.tokenization import Tokenizer, load_tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -45,12 +45,14 @@ def load_data(
     target_eval_tokens: int | None,
     validation_file: str | None = None,
     cache_dir: str | os.PathLike | None = None,
+    stream: bool = False,
     first: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Data:
     """Opens a source, its tokenizer and its rows, making and caching what is not there yet.
 
-    `max_length` is in tokens; `target_eval_tokens` bounds the validation set (None: all of it). `first` gives a context in which
-    rank 0 runs before the other ranks, who then find the caches. Raises UserError for everything that the user can put right.
+    `max_length` is in tokens; `target_eval_tokens` bounds the validation set (None: all of it). With `stream`
+    training documents are read while training, as C4's always are. `first` gives a context in which rank 0 runs before the other
+    ranks, who then find the caches. Raises UserError for everything that the user can put right.
     """
     if max_length < 2:
         raise UserError(f"--max_length {max_length} leaves no token to predict; give 2 or more.")
@@ -65,10 +67,11 @@ def load_data(
         if source.streamed and tokenizer == "bpe":  # in an order without a seed: runs with different seeds need the same tokenizer
             sample = split_documents(open_source(dataset, None, cache), validation_file).train
         tokens = load_tokenizer(tokenizer, vocab_size, sample, cache, _hash(stamp))
-        if not source.streamed:
+        streamed = source.streamed or stream
+        if not streamed:
             rows = cached_rows({"train": split.train, "validation": split.validation}, stamp, tokens, max_length, cache)
             train, validation = rows["train"], rows["validation"].head(target_eval_tokens)
-    if source.streamed:  # outside `first`: the ranks share no cache here, so none has to wait for another
+    if streamed:  # outside `first`: the ranks share no cache here, so none has to wait for another
         train = StreamedRows(split.train, tokens, max_length)
         validation = tokenize_rows(split.validation, tokens, max_length, target_eval_tokens)
     _check_not_empty(source, split, train, validation)
@@ -106,104 +109,106 @@ def _describe(source: Source, split: Split, train: Rows | StreamedRows, validati
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Which positions of the data one rank reads: of the global batch t (positions [t * total, (t + 1) * total)), micro-batch a
-    of rank r is the `batch_size` positions from t * total + (a * world_size + r) * batch_size on."""
+class Step:
+    """One rank's part of an update.
 
-    total_batch_size: int
-    batch_size: int
-    rank: int
-    world_size: int
+    Each of `micro_batches` is `input_ids` and `labels`, int64 [batch_size, max_length]. `rows` says which row of the data each of
+    their rows is, int64 [total_batch_size / world_size]: an index of `Rows`; in a stream the how manyth row of the run. `position`,
+    which JSON can write, says where the data stands after the update, as far as this rank knows: see `merge_positions`.
+    """
 
-    def __post_init__(self) -> None:
-        each = self.batch_size * self.world_size
-        if self.batch_size < 1 or self.total_batch_size < 1 or self.total_batch_size % each:
-            raise UserError(
-                f"--total_batch_size {self.total_batch_size} is not a multiple of --batch_size {self.batch_size} "
-                f"times {self.world_size} processes; give a multiple of {each}."
-            )
-
-    def starts(self, step: int) -> list[int]:
-        """First position of each of this rank's micro-batches in one optimizer step."""
-        first = step * self.total_batch_size + self.rank * self.batch_size
-        return list(range(first, (step + 1) * self.total_batch_size, self.batch_size * self.world_size))
-
-
-class _StreamedBatches(torch.utils.data.IterableDataset):
-    """The micro-batches of one rank, without end; worker w of W gives every W-th from the w-th on, and torch deals them out in turn."""
-
-    def __init__(self, train: StreamedRows, slices: Slices, start_step: int):
-        self.train, self.slices, self.start_step = train, slices, start_step
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if info:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism; threads in each would fight for the cores
-        starts = itertools.chain.from_iterable(map(self.slices.starts, itertools.count(self.start_step)))
-        own = itertools.islice(starts, worker, None, workers)
-        try:
-            yield from self.train.batches(own, self.slices.batch_size, warn=worker == 0 and self.slices.rank == 0)
-        except UserError as error:
-            yield error  # raised in a worker, it would arrive wrapped in a traceback
+    micro_batches: list[Batch]
+    rows: np.ndarray
+    position: dict
 
 
 def training_batches(
     train: Rows | StreamedRows,
     *,
     seed: int,
-    start_step: int,
+    position: dict | None,
     total_batch_size: int,
     batch_size: int,
     rank: int,
     world_size: int,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[list[Batch]]:
-    """Endless training data: each item is one optimizer step, the list of this rank's micro-batches from `start_step` on.
+    max_passes: int | None = None,
+) -> Iterator[Step]:
+    """This rank's part of one update after another, endless without `max_passes`.
 
-    Each micro-batch is `input_ids` and `labels`, int64 [batch_size, max_length]. The rows of a step depend on `seed` and the step
-    alone (those of a stream on the seed that it was opened with). `workers` processes read a stream; `Rows` are quick to read and
-    need none. Raises UserError where the batch sizes do not divide.
+    Goes on from `position` (None: the beginning), which `merge_positions` made of any number of ranks' positions. Rank r has the
+    rows [r, r + 1) * total_batch_size / world_size of each global batch, in their order. What a global batch holds depends on
+    `seed` and its number alone (for a stream on the seed that it was opened with, and on `total_batch_size`). `workers` processes
+    read a stream; `Rows` are quick to read and need none. Raises UserError where the batch sizes do not divide, where `position`
+    does not fit the data, and where the data has been gone through `max_passes` times.
     """
-    slices = Slices(total_batch_size, batch_size, rank, world_size)
-    if isinstance(train, Rows):
-        steps = _row_steps(train, RowOrder(seed, len(train)), slices, start_step)
+    if min(batch_size, total_batch_size) < 1 or total_batch_size % (batch_size * world_size):
+        raise UserError(
+            f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} "
+            f"times {world_size} processes; give a multiple of {batch_size * world_size}."
+        )
+    each = total_batch_size // world_size
+    own = range(rank * each, (rank + 1) * each)
+    seen = position["rows"] if position else 0
+    if isinstance(train, StreamedRows):
+        batches = stream_batches(train, position, total_batch_size, own, workers, max_passes)
+        parts = _stream_parts(batches, position, seen, total_batch_size, own)
+    elif position and "lanes" in position:
+        raise UserError("The position to continue from is one of a stream; give the --dataset it was trained with, and --stream.")
     else:
-        steps = _stream_steps(train, slices, start_step, workers)
-    if pin_memory:
-        return ([{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in step] for step in steps)
-    return steps
+        parts = _row_parts(train, RowOrder(seed, len(train)), seen, total_batch_size, own, max_passes)
+    return _steps(parts, seen, total_batch_size, batch_size, pin_memory)
 
 
-def _row_steps(train: Rows, order: RowOrder, slices: Slices, start_step: int) -> Iterator[list[Batch]]:
-    for step in itertools.count(start_step):
-        yield [train.batch(order.indices(start, start + slices.batch_size)) for start in slices.starts(step)]
+def merge_positions(positions: list[dict]) -> dict:
+    """Where the data stands after an update, of the positions that all ranks have after it: what a checkpoint keeps."""
+    merged = dict(positions[0])
+    if "lanes" in merged:
+        merged["lanes"] = {lane: reached for position in positions for lane, reached in position["lanes"].items()}
+    return merged
 
 
-def _stream_steps(train: StreamedRows, slices: Slices, start_step: int, workers: int) -> Iterator[list[Batch]]:
+def _steps(parts: Iterator[tuple[Batch, np.ndarray, dict]], seen: int, total: int, batch_size: int, pin_memory: bool) -> Iterator[Step]:
+    for batch, rows, position in parts:
+        yield Step(_micro_batches(batch, batch_size, pin_memory), rows, position)
+        seen = position["rows"]
+    raise UserError(
+        f"The training data ends after {seen // total:,} updates of {total:,} rows; "
+        "give more data or fewer --num_training_steps, or leave --max_passes out."
+    )
+
+
+def _micro_batches(batch: Batch, size: int, pin_memory: bool) -> list[Batch]:
+    cut = zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
+    return [{name: part.pin_memory() if pin_memory else part for name, part in zip(batch, parts, strict=True)} for parts in cut]
+
+
+def _row_parts(
+    train: Rows, order: RowOrder, seen: int, total: int, own: range, max_passes: int | None
+) -> Iterator[tuple[Batch, np.ndarray, dict]]:
+    """The rows `own` of each global batch, which of the data's rows they are, and the position after the batch."""
+    while max_passes is None or seen + total <= max_passes * len(train):
+        rows = order.indices(seen + own.start, seen + own.stop)
+        seen += total
+        yield train.batch(rows), rows, {"rows": seen}
+
+
+def _stream_parts(
+    batches: Iterator[tuple[Batch, dict[str, LanePosition]]], position: dict | None, seen: int, total: int, own: range
+) -> Iterator[tuple[Batch, np.ndarray, dict]]:
+    """As `_row_parts`, of a stream."""
     from loguru import logger
 
-    if start_step and slices.rank == 0:
-        logger.info(f"Skipping the {start_step * slices.total_batch_size:,} documents of the first {start_step:,} steps")
-    batches = iter(
-        torch.utils.data.DataLoader(
-            _StreamedBatches(train, slices, start_step),
-            batch_size=None,
-            num_workers=workers,
-            # Forked workers would inherit locked threads of the tokenizer, Arrow and CUDA.
-            multiprocessing_context="spawn" if workers else None,
-            generator=torch.Generator(),  # otherwise torch draws from the global generator, and a resumed run drifts from a straight one
-        )
-    )
-    accumulation = len(slices.starts(0))
-    while True:
-        step = []
-        for batch in itertools.islice(batches, accumulation):
-            if isinstance(batch, UserError):
-                raise batch
-            step.append(batch)
-        yield step
+    repeated = position is not None and any(LanePosition(*reached).passes for reached in position["lanes"].values())
+    for batch, lanes in batches:
+        if not repeated and any(reached.passes for reached in lanes.values()):
+            repeated = True
+            if own.start == 0:  # one rank speaks for all
+                logger.warning("The training stream has ended and begins again: from here on data is seen more than once")
+        rows = np.arange(seen + own.start, seen + own.stop)
+        seen += total
+        yield batch, rows, {"rows": seen, "lanes": {lane: list(reached) for lane, reached in lanes.items()}}
 
 
 def validation_batches(validation: Rows, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import tempfile
@@ -78,44 +77,6 @@ class Rows:
         reached = np.cumsum(self.lengths - 1)
         count = min(int(np.searchsorted(reached, target_tokens)) + 1, len(self))
         return Rows(self.tokens, self.offsets[: count + 1], self.max_length, self.pad_id, self.eos_id)
-
-
-@dataclass(frozen=True)
-class StreamedRows:
-    """Rows read from a stream while training: row i is document i, and the stream begins again when it ends."""
-
-    documents: Iterable[str]
-    tokenizer: Tokenizer
-    max_length: int
-
-    def batches(self, starts: Iterable[int], size: int, warn: bool = True) -> Iterator[dict[str, torch.Tensor]]:
-        """The rows [start, start + size) for each of the ascending `starts`, as `Rows.batch` gives them.
-
-        Only these rows are tokenised, the ones between are read and dropped. Raises UserError for an empty stream.
-        """
-        documents = self._endless(warn)
-        position = 0
-        for start in starts:
-            texts = list(itertools.islice(documents, start - position, start - position + size))
-            position = start + size
-            tokens, lengths = self.tokenizer.encode(texts)
-            yield self._rows(tokens, lengths).batch(np.arange(size))
-
-    def _rows(self, tokens: np.ndarray, lengths: np.ndarray) -> Rows:
-        return Rows(tokens, _offsets(lengths), self.max_length, self.tokenizer.pad_id, self.tokenizer.eos_id)
-
-    def _endless(self, warn: bool) -> Iterator[str]:
-        from loguru import logger
-
-        for epoch in itertools.count(1):
-            count = 0
-            for text in self.documents:
-                yield text
-                count += 1
-            if not count:
-                raise UserError("The training stream holds no document; give another `--dataset`.")
-            if warn:
-                logger.warning(f"The stream ended after {count:,} documents and begins again: from here on data is seen {epoch + 1} times")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- order

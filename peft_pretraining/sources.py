@@ -2,6 +2,7 @@
 
 A source is a pair of iterables of strings, one string a document. Every iterable here can be read again from its start,
 gives the same order each time and on each machine, and can be pickled, so that a data-loading process can read it for itself.
+The corpora can also be read shard by shard from any document on (`shards.Shards`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.shards import Shards, network_errors, read_patiently
 
 C4 = "allenai/c4"
 TEXT_ENDINGS = tuple(kind + packing for kind in (".jsonl", ".json", ".txt") for packing in ("", ".gz", ".xz", ".zst"))
@@ -38,6 +40,7 @@ PYDOCS_PACKAGES = ("stdlib", "numpy", "pandas", "matplotlib", "torch", "transfor
 PYDOCS_FORMAT = 1  # raise it when the gathering changes, so that an older cache is not taken for the new one
 SHORTEST_DOCSTRING = 100  # characters; below it a docstring is mostly a name in other words
 HELD_OUT_SHARE = 0.01
+SHARD_BYTES = 2**26  # of uncompressed JSON lines: a second's reading, which is the most that a continued run skips in each
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,41 @@ def open_source(dataset: str, seed: int | None, cache_dir: str | os.PathLike | N
 
 @dataclass(frozen=True)
 class FileDocuments:
-    """The documents of some files, in the order of the files and of the documents in them; blank documents are left out."""
+    """The documents of some files, in the order of the files and of the documents in them; blank documents are left out.
+
+    Each file is a shard, and so is each piece of at most `SHARD_BYTES` of an uncompressed .jsonl (or .json).
+    """
 
     files: tuple[Path, ...]
+    remote = False
 
     def __iter__(self) -> Iterator[str]:
         for path in self.files:
             yield from (text for text in read_file(path) if text.strip())
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._shards)
+
+    def read(self, shard: int, skip: int) -> Iterator[str]:
+        return itertools.islice((text for text in read_file(*self._shards[shard]) if text.strip()), skip, None)
+
+    @functools.cached_property
+    def _shards(self) -> list[tuple[Path, tuple[int, int] | None]]:
+        return [(path, part) for path in self.files for part in _parts(path)]
+
+
+def _parts(path: Path) -> list[tuple[int, int] | None]:
+    """The pieces in which a file is read: byte ranges, None for the whole.
+
+    Their number is a power of two, as batch sizes are: the lanes of a stream then get equally many of equal size, so that none
+    runs out of data, and sees it again, before the others do.
+    """
+    size = path.stat().st_size
+    count = 1 << (max(-(-size // SHARD_BYTES), 1) - 1).bit_length()
+    if path.suffix not in (".jsonl", ".json") or count == 1:
+        return [None]
+    return [(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
 def open_files(path: Path, option: str = "--dataset") -> Source:
@@ -152,9 +183,10 @@ def find_files(path: Path, option: str = "--dataset") -> tuple[Path, ...]:
     return tuple(path / file for file in found)
 
 
-def read_file(path: Path) -> Iterator[str]:
+def read_file(path: Path, part: tuple[int, int] | None = None) -> Iterator[str]:
     """The documents of one file: `text` of each record, or the blocks between blank lines of a .txt (its lines where it has no blank line).
 
+    `part`: of uncompressed JSON lines only those that begin in these bytes [from, to).
     Raises UserError with the file and the line (row) number for a bad record, with the file for broken compression or encoding.
     """
     if path.name.endswith(".parquet"):
@@ -162,7 +194,7 @@ def read_file(path: Path) -> Iterator[str]:
     elif path.name.removesuffix(path.suffix).endswith(".txt") or path.suffix == ".txt":
         texts = _plain_texts(path)
     else:
-        texts = _json_texts(path)
+        texts = _json_texts(path, part)
     try:
         yield from texts
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
@@ -184,19 +216,60 @@ def _open_text(path: Path) -> io.TextIOBase:
     return open(path, encoding=encoding)
 
 
-def _json_texts(path: Path) -> Iterator[str]:
-    with _open_text(path) as lines:
+class _Bytes(io.RawIOBase):
+    """The lines of a file that begin in its bytes [start, stop)."""
+
+    def __init__(self, path: Path, start: int, stop: int):
+        self.file = open(path, "rb")
+        stop = self._line_start(stop)
+        self.left = stop - self._line_start(start)
+
+    def _line_start(self, position: int) -> int:
+        """Goes to the first line that begins at `position` or after it; returns its place."""
+        self.file.seek(max(position - 1, 0))
+        if position:
+            self.file.readline()
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self.file.readinto(memoryview(buffer)[: self.left])
+        self.left -= count
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _open_part(path: Path, part: tuple[int, int]) -> io.TextIOBase:
+    encoding = "utf-8" if part[0] else "utf-8-sig"  # the mark stands at the very beginning only
+    return io.TextIOWrapper(io.BufferedReader(_Bytes(path, *part), buffer_size=2**20), encoding=encoding)
+
+
+def _json_texts(path: Path, part: tuple[int, int] | None) -> Iterator[str]:
+    with _open_part(path, part) if part else _open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 continue
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}); write an object with a string `text` a line.") from error
+                raise _bad_line(path, part, number, f"not valid JSON ({error}); write an object with a string `text` a line") from error
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
-                raise UserError(f"{path}, line {number}: no string in a field `text`; write one object with a string `text` a line.")
+                raise _bad_line(path, part, number, "no string in a field `text`; write one object with a string `text` a line")
             yield _without_lone_surrogates(text)
+
+
+def _bad_line(path: Path, part: tuple[int, int] | None, number: int, complaint: str) -> UserError:
+    """The error for the line that is `number` of its part, with its number in the file."""
+    if part and part[0]:
+        with _open_part(path, (0, part[0])) as lines:
+            number += sum(1 for _ in lines)
+    return UserError(f"{path}, line {number}: {complaint}.")
 
 
 def _plain_texts(path: Path) -> Iterator[str]:
@@ -255,7 +328,12 @@ class C4Documents:
     split: str
     seed: int | None
 
-    def open(self):
+    @property
+    def remote(self) -> bool:
+        return self.folder is None
+
+    @functools.cached_property  # once, also for the processes that this is pickled for: each would ask the Hub for a thousand files
+    def stream(self):
         """The split as a `datasets.IterableDataset`. UserError where the Hub (or the mirror) cannot be read."""
         import datasets
 
@@ -267,24 +345,43 @@ class C4Documents:
         except _stream_errors() as error:
             raise self._failure(error, "be opened") from error
 
+    @property
+    def n_shards(self) -> int:
+        return self.stream.num_shards
+
     def __iter__(self) -> Iterator[str]:
+        for shard in range(self.n_shards):
+            yield from read_patiently(self, shard)
+
+    def read(self, shard: int, skip: int) -> Iterator[str]:
+        """The documents of the shard that comes at this place of the order, without the first `skip`.
+
+        Raises UserError for a broken file or record; what the network is to blame for is raised as it is.
+        """
+        number = self._order[shard]
+        try:
+            part = self.stream.shard(num_shards=self.n_shards, index=number).select_columns(["text"]).with_format("arrow")
+            # `iter`, not `__iter__`: the latter divides the shards once more among the workers of a torch DataLoader.
+            for batch in part.iter(batch_size=1000):
+                texts = batch["text"].to_pylist()
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError("a record without a string `text`")
+                filled = [text for text in texts if text.strip()]
+                yield from filled[skip:]
+                skip = max(skip - len(filled), 0)
+        except _stream_errors() as error:
+            if self.remote and isinstance(error, network_errors()):
+                raise
+            raise self._failure(error, f"be read to the end of shard {number}") from error
+
+    @functools.cached_property
+    def _order(self) -> list[int]:
         import numpy as np
 
-        stream = self.open()
-        shards = np.arange(stream.num_shards)
+        shards = np.arange(self.n_shards)
         if self.seed is not None:
             shards = np.random.Generator(np.random.PCG64(self.seed)).permutation(shards)
-        for shard in shards.tolist():
-            try:
-                part = stream.shard(num_shards=len(shards), index=shard).select_columns(["text"]).with_format("arrow")
-                # `iter`, not `__iter__`: the latter divides the shards once more among the workers of a torch DataLoader.
-                for batch in part.iter(batch_size=1000):
-                    texts = batch["text"].to_pylist()
-                    if not all(isinstance(text, str) for text in texts):
-                        raise ValueError("a record without a string `text`")
-                    yield from (text for text in texts if text.strip())
-            except _stream_errors() as error:
-                raise self._failure(error, f"be read to the end of shard {shard}") from error
+        return shards.tolist()
 
     def _failure(self, error: Exception, what: str) -> UserError:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -299,14 +396,8 @@ class C4Documents:
 def _stream_errors() -> tuple[type[Exception], ...]:
     """What `datasets` lets through when the network, a compressed file or a record is broken."""
     import datasets
-    import huggingface_hub.errors
 
-    errors = (OSError, EOFError, ValueError, KeyError, zlib.error, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError)
-    if importlib.util.find_spec("httpx") is None:  # huggingface_hub 0.x: its network errors are OSErrors
-        return errors
-    import httpx
-
-    return (*errors, httpx.HTTPError)
+    return (*network_errors(), ValueError, KeyError, datasets.exceptions.DatasetsError)
 
 
 def mirror_files(folder: Path, split: str) -> list[Path]:
@@ -320,7 +411,7 @@ def mirror_files(folder: Path, split: str) -> list[Path]:
 def open_c4(folder: Path | None, seed: int) -> Source:
     """C4 from the Hub (`folder` None) or a mirror. UserError where the training split cannot be opened."""
     train, validation = C4Documents(folder, "train", seed), C4Documents(folder, "validation", None)
-    train.open()
+    train.stream  # noqa: B018 - opens it
     if folder is None:
         signature = stamp = ((f"{C4}/en", 0),)
         return Source("c4", train, validation, streamed=True, signature=signature, stamp=stamp)
@@ -418,13 +509,24 @@ def _gather(packages: Iterable[str], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Filtered:
-    """The documents for which `keep` is true, in their order."""
+    """The documents for which `keep` is true, in their order and in the same shards."""
 
-    documents: Iterable[str]
+    documents: Shards
     keep: Callable[[str], bool]
 
     def __iter__(self) -> Iterator[str]:
         return filter(self.keep, iter(self.documents))
+
+    @property
+    def n_shards(self) -> int:
+        return self.documents.n_shards
+
+    @property
+    def remote(self) -> bool:
+        return self.documents.remote
+
+    def read(self, shard: int, skip: int) -> Iterator[str]:
+        return itertools.islice(filter(self.keep, self.documents.read(shard, 0)), skip, None)
 
 
 def digest(text: str) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_pretraining import sources
-from peft_pretraining.data import load_data, training_batches, validation_batches
+from peft_pretraining.data import load_data, merge_positions, training_batches, validation_batches
 from peft_pretraining.errors import UserError
 
 LENGTH, TOTAL, STEPS = 12, 8, 5  # 40 positions over 30 documents: a second pass begins in step 3
@@ -54,30 +54,27 @@ def plain_order(kind, data):
     """The text at every position, by the definition and nothing shared with the code."""
     import numpy as np
 
-    if kind == "stream":
+    if kind == "stream":  # three shards and global batches of 8: two lanes of 4 rows each, which have 20 and 10 documents
         shards = np.random.Generator(np.random.PCG64(1)).permutation(3)
-        once = [text for shard in shards for text in TEXTS[shard * 10 : shard * 10 + 10]]
-        return once * 2
+        first, second = ([text for shard in shards[lane::2] for text in TEXTS[shard * 10 : shard * 10 + 10]] * 2 for lane in (0, 1))
+        return [text for start in range(0, 20, 4) for lane in (first, second) for text in lane[start : start + 4]]
     epochs = [np.random.Generator(np.random.PCG64([1, epoch])).permutation(30) for epoch in range(2)]
     return [TEXTS[i] for epoch in epochs for i in epoch]
 
 
-def run(data, start_step, stop_step, batch_size, world_size, workers=0):
-    """The rows of the steps in the order of their positions, put together from all ranks."""
+def run(data, steps, batch_size, world_size, workers=0, position=None):
+    """The rows of so many steps from a position on, put together from all ranks, and the position after each step."""
     ranks = []
     for rank in range(world_size):
         cut = {"total_batch_size": TOTAL, "batch_size": batch_size, "rank": rank, "world_size": world_size}
-        batches = training_batches(data.train, seed=1, start_step=start_step, workers=workers, **cut)
-        ranks.append(list(itertools.islice(batches, stop_step - start_step)))
+        ranks.append(list(itertools.islice(training_batches(data.train, seed=1, position=position, workers=workers, **cut), steps)))
     rows = []
-    for step in range(stop_step - start_step):
-        for micro in range(TOTAL // (batch_size * world_size)):
-            for rank in ranks:
-                assert len(rank[step]) == TOTAL // (batch_size * world_size)
-                batch = rank[step][micro]
-                assert batch["input_ids"].shape == batch["labels"].shape == (batch_size, LENGTH)
-                rows += zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
-    return rows
+    for step in itertools.chain.from_iterable(zip(*ranks, strict=True)):
+        assert len(step.micro_batches) == TOTAL // (batch_size * world_size)
+        for batch in step.micro_batches:
+            assert batch["input_ids"].shape == batch["labels"].shape == (batch_size, LENGTH)
+            rows += zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+    return rows, [json.loads(json.dumps(merge_positions([step.position for step in step]))) for step in zip(*ranks, strict=True)]
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (4, 1)])
@@ -85,29 +82,59 @@ def run(data, start_step, stop_step, batch_size, world_size, workers=0):
 def test_order_is_the_same_for_all_ranks_and_micro_batches_straight_and_resumed(folder, kind, world_size, batch_size):
     data = load(folder, kind)
     expected = [plain_row(data.tokenizer, text) for text in plain_order(kind, data)[: STEPS * TOTAL]]
-    assert run(data, 0, STEPS, batch_size, world_size) == expected
+    rows, positions = run(data, STEPS, batch_size, world_size)
+    assert rows == expected
     for restart in (1, 4):
-        assert run(data, restart, STEPS, batch_size, world_size) == expected[restart * TOTAL :]
+        rows, _ = run(data, STEPS - restart, batch_size, world_size, position=positions[restart - 1])
+        assert rows == expected[restart * TOTAL :]
 
 
-@pytest.mark.parametrize("world_size, batch_size, start", [(1, 2, 0), (2, 1, 2)])
-def test_order_is_the_same_with_worker_processes(folder, world_size, batch_size, start):
+def test_rows_of_a_step_are_named_by_their_index(folder):
+    data = load(folder, "rows")
+    for rank in (0, 1):
+        cut = {"total_batch_size": TOTAL, "batch_size": 2, "rank": rank, "world_size": 2}
+        for step in itertools.islice(training_batches(data.train, seed=1, position=None, **cut), STEPS):
+            assert len(step.rows) == 4
+            shown = torch.cat([batch["input_ids"] for batch in step.micro_batches])
+            assert torch.equal(shown, data.train.batch(step.rows)["input_ids"])
+
+
+def test_rows_go_on_at_the_same_row_with_another_batch_size(folder):
+    data = load(folder, "rows")
+    step = next(training_batches(data.train, seed=1, position=None, total_batch_size=12, batch_size=12, rank=0, world_size=1))
+    assert step.position == {"rows": 12}
+    assert run(data, 2, 8, 1, position=step.position)[0] == run(data, 4, 8, 1)[0][12:28]
+
+
+def test_max_passes_ends_rows_before_a_row_comes_once_more(folder):
+    data = load(folder, "rows")  # 30 rows
+    for passes, updates in ((1, 3), (2, 7)):
+        for rank in (0, 1):
+            cut = {"total_batch_size": TOTAL, "batch_size": 4, "rank": rank, "world_size": 2, "max_passes": passes}
+            batches = training_batches(data.train, seed=1, position=None, **cut)
+            assert len(list(itertools.islice(batches, updates))) == updates
+            message = f"The training data ends after {updates} updates of 8 rows; .* --num_training_steps, or leave --max_passes out"
+            with pytest.raises(UserError, match=message):
+                next(batches)
+
+
+def test_order_is_the_same_with_worker_processes(folder):
     data = load(folder, "stream")
-    expected = [plain_row(data.tokenizer, text) for text in plain_order("stream", data)[start * TOTAL : STEPS * TOTAL]]
-    assert run(data, start, STEPS, batch_size, world_size, workers=2) == expected
+    expected = [plain_row(data.tokenizer, text) for text in plain_order("stream", data)[: STEPS * TOTAL]]
+    assert run(data, STEPS, 4, 1, workers=2)[0] == expected
 
 
 def test_workers_are_not_used_for_rows(folder, monkeypatch):
     data = load(folder, "rows")
-    expected = run(data, 0, 2, 2, 1)
+    expected = run(data, 2, 2, 1)
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **__: pytest.fail("a loader for rows"))
-    assert run(data, 0, 2, 2, 1, workers=2) == expected
+    assert run(data, 2, 2, 1, workers=2) == expected
 
 
 def test_streaming_leaves_torchs_random_state_alone(folder):
     data = load(folder, "stream")
     before = torch.get_rng_state()
-    run(data, 0, 1, 8, 1)
+    run(data, 1, 8, 1, workers=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -119,7 +146,7 @@ def test_a_workers_error_is_the_users_one_sentence(folder, tmp_path):
         path.write_bytes(b"broken")
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"^The train split of the C4 mirror [^\n]*fetch that file again\.$"):
-            run(data, 0, 1, 8, 1, workers=workers)
+            run(data, 1, 8, 1, workers=workers)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -238,4 +265,5 @@ def tokenizer_folder(folder):
 def test_batch_sizes_that_do_not_divide(folder, total, batch_size, world_size):
     data = load(folder, "rows")
     with pytest.raises(UserError, match=f"--total_batch_size {total} is not a multiple of --batch_size {batch_size} times {world_size}"):
-        training_batches(data.train, seed=0, start_step=0, total_batch_size=total, batch_size=batch_size, rank=0, world_size=world_size)
+        cut = {"total_batch_size": total, "batch_size": batch_size, "rank": 0, "world_size": world_size}
+        training_batches(data.train, seed=0, position=None, **cut)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.rows import RowOrder, Rows, StreamedRows, cached_rows, tokenize_rows
+from peft_pretraining.rows import RowOrder, Rows, cached_rows, tokenize_rows
 from peft_pretraining.tokenization import load_tokenizer
 
 LENGTH = 16
@@ -97,33 +97,6 @@ def test_damaged_cache(tokenizer, tmp_path):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"damaged \(train.tokens is not whole\); delete that folder"):
         cached_rows({"train": TEXTS}, ["key"], tokenizer, LENGTH, tmp_path)
-
-
-def test_stream_gives_the_rows_asked_for_and_tokenises_no_other(tokenizer, monkeypatch):
-    seen = []
-    encode = type(tokenizer).encode
-    monkeypatch.setattr(type(tokenizer), "encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
-    batches = list(StreamedRows(TEXTS, tokenizer, LENGTH).batches([4, 10, 20], 3))
-    wanted = [TEXTS[start : start + 3] for start in (4, 10, 20)]
-    assert seen == sum(wanted, [])
-    for batch, texts in zip(batches, wanted, strict=True):
-        assert_rows_are(tokenizer, batch, texts)
-
-
-def test_stream_begins_again_with_a_warning(tokenizer):
-    from loguru import logger
-
-    messages = []
-    handler = logger.add(lambda message: messages.append(message.record["message"]), level="WARNING")
-    (batch,) = StreamedRows(TEXTS[:5], tokenizer, LENGTH).batches([3], 9)
-    logger.remove(handler)
-    assert_rows_are(tokenizer, batch, TEXTS[3:5] + TEXTS[:5] + TEXTS[:2])
-    assert len(messages) == 2 and "ended after 5 documents and begins again" in messages[0]
-
-
-def test_empty_stream(tokenizer):
-    with pytest.raises(UserError, match="holds no document"):
-        next(StreamedRows([], tokenizer, LENGTH).batches([0], 2))
 
 
 def test_unigram_entropy():

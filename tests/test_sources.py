@@ -5,6 +5,7 @@ import json
 import lzma
 import pickle
 
+import numpy as np
 import pytest
 
 from peft_pretraining import sources
@@ -175,6 +176,47 @@ def test_c4_mirror_orders_shards_by_the_seed_and_keeps_the_order_within(tmp_path
     assert texts != list(open_source(str(tmp_path), 4).train) and sorted(texts) == sorted(open_source(str(tmp_path), 4).train)
     assert list(source.validation) == [f"validation document {i}" for i in range(4)]
     assert list(pickle.loads(pickle.dumps(source.train))) == texts
+
+
+def test_c4_mirror_reads_a_shard_from_any_document_on(tmp_path):
+    documents = open_source(str(mirror(tmp_path, each=2500)), 3).train
+    order, whole = np.random.Generator(np.random.PCG64(3)).permutation(5), list(documents)
+    assert documents.n_shards == 5 and not documents.remote and C4Documents(None, "train", 0).remote
+    for shard in (0, 3):
+        for skip in (0, 1, 999, 1000, 1001, 2400, 2500, 2501):
+            assert list(documents.read(shard, skip)) == whole[2500 * shard : 2500 * (shard + 1)][skip:]
+    for other in order[1:]:
+        (tmp_path / f"en/c4-train.{other:05d}-of-00005.json.gz").unlink()
+    assert len(list(pickle.loads(pickle.dumps(documents)).read(0, 2000))) == 500  # no other shard is opened
+
+
+def test_c4_of_the_hub_is_asked_once_for_its_files_and_lets_network_errors_through(tmp_path, monkeypatch):
+    import datasets
+
+    files = [str(path) for path in sources.mirror_files(mirror(tmp_path), "train")]
+    opened, load = [], datasets.load_dataset
+
+    def hub(*_, **__):
+        opened.append(True)
+        return load("json", data_files=files, split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    documents = pickle.loads(pickle.dumps(open_c4(None, 0).train))
+    assert len(list(documents)) == 35 and len(opened) == 1
+
+    failures, read_batches = [ConnectionError("the line is down"), EOFError()], datasets.IterableDataset.iter
+
+    def unsteady(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return read_batches(*arguments, **options)
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", unsteady)
+    with pytest.raises(EOFError):
+        next(documents.read(0, 0))
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    assert len(list(documents)) == 35 and pauses == [1]
 
 
 def test_c4_mirror_without_validation(tmp_path):
