@@ -106,6 +106,12 @@ def test_rows_go_on_at_the_same_row_with_another_batch_size(folder):
     assert run(data, 2, 8, 1, position=step.position)[0] == run(data, 4, 8, 1)[0][12:28]
 
 
+def test_a_position_of_a_stream_is_not_one_of_rows(folder):
+    _, positions = run(load(folder, "stream"), 1, 8, 1)
+    with pytest.raises(UserError, match="is one of a stream; give the --dataset it was trained with, and --stream"):
+        run(load(folder, "rows"), 1, 8, 1, position=positions[0])
+
+
 def test_max_passes_ends_rows_before_a_row_comes_once_more(folder):
     data = load(folder, "rows")  # 30 rows
     for passes, updates in ((1, 3), (2, 7)):
