@@ -77,7 +77,7 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, first=ranks.first,
+            args.validation_file, packing=args.packing, first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
