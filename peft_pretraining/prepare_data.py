@@ -6,21 +6,19 @@
 Killed or interrupted, the same command goes on where it stopped; called once more, it makes anew whatever was damaged since.
 """
 
+# What needs torch is imported in the functions: each tokenising process imports this module, and would take seconds and memory for it.
 import argparse
 import sys
 import time
 from pathlib import Path
 
-from peft_pretraining.arguments import Parser, token_count
-from peft_pretraining.data import open_documents, tokenizing_processes
-from peft_pretraining.distributed import run_script
 from peft_pretraining.errors import UserError
-from peft_pretraining.modeling_llama import load_config
-from peft_pretraining.prepared import SHARD_TOKENS, open_prepared, prepare
-from peft_pretraining.sources import cache_folder
 
 
 def parse_arguments() -> argparse.Namespace:
+    from peft_pretraining.arguments import Parser, token_count
+    from peft_pretraining.prepared import SHARD_TOKENS
+
     parser = Parser(prog="prepare_data", description="Tokenise a source once, for training with --dataset FOLDER.", allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", required=True, metavar="SOURCE", help="c4, pydocs, a .jsonl/.txt/.parquet file or a folder of them")
@@ -49,6 +47,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    from peft_pretraining.data import open_documents, tokenizing_processes
+    from peft_pretraining.modeling_llama import load_config
+    from peft_pretraining.prepared import prepare
+    from peft_pretraining.sources import cache_folder
+
     args = parse_arguments()
     vocab_size = args.vocab_size or load_config(args.model_config).vocab_size
     source, split, tokenizer = open_documents(
@@ -64,6 +67,8 @@ def main() -> None:
 
 def summary(folder: Path, made: int, seconds: float) -> str:
     """One line: what the folder holds, and how fast the tokens were made that were not there yet."""
+    from peft_pretraining.prepared import open_prepared
+
     shards = [shard for split in open_prepared(folder).index["splits"].values() for shard in split]
     documents, tokens = (sum(shard[key] for shard in shards) for key in ("documents", "tokens"))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
@@ -72,4 +77,6 @@ def summary(folder: Path, made: int, seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    from peft_pretraining.distributed import run_script
+
     sys.exit(run_script(main))

@@ -164,16 +164,16 @@ def _damaged(path: Path, what: str, remedy: str) -> UserError:
     return UserError(f"{path} is damaged ({what}): {remedy}.")
 
 
-def _seal(content: dict) -> bytes:
-    """A dictionary as JSON with a checksum of its own content."""
-    return (json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n").encode()
+def _write_sealed(path: Path, content: dict) -> None:
+    """Writes a dictionary as JSON with a checksum of its content and its name: one file in the place of another is damage too."""
+    _write(path, (json.dumps({**content, "checksum": _checksum(path.name, content)}, indent=1) + "\n").encode())
 
 
 def _read_sealed(path: Path, remedy: str) -> dict:
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum")
-        whole = checksum == _checksum(content)
+        whole = checksum == _checksum(path.name, content)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:  # whatever garbage leads to
         raise _damaged(path, "it cannot be read", remedy) from error
     if not whole:
@@ -181,8 +181,8 @@ def _read_sealed(path: Path, remedy: str) -> dict:
     return content
 
 
-def _checksum(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _checksum(name: str, content: dict) -> str:
+    return hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
@@ -252,7 +252,7 @@ def prepare(
                     "train": preparation.split("train", split.train, Limits(tokens=max_tokens)),
                 }
             _check_not_empty(splits, source.name, split.rule, max_tokens)
-            _write(folder / INDEX, _seal({**settings, "tokenizer_files": files, "splits": splits}))
+            _write_sealed(folder / INDEX, {**settings, "tokenizer_files": files, "splits": splits})
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{folder} cannot be written ({reason}): put that right and start again, it goes on where it stopped.") from error
@@ -295,7 +295,7 @@ def _begin(folder: Path, settings: dict) -> dict:
             names = ", ".join("state of the source's files" if name == "stamp" else name for name in other)
             raise UserError(f"{folder} was begun with another {names}: give another --output, or delete that folder.")
         settings = {name: before[name] for name in settings}
-    _write(folder / JOURNAL, _seal(settings))
+    _write_sealed(folder / JOURNAL, settings)
     return settings
 
 
@@ -363,8 +363,6 @@ class _Preparation:
         """The record of a shard every byte of which is as it was written; None for one that is not."""
         try:
             record = _read_sealed(self.folder / f"{base}.json", PREPARE_AGAIN)
-            if record["name"] != base:
-                return None
             shard = _open_shard(self.folder, record, self.dtype, PREPARE_AGAIN)
             shard.read(0, len(shard.tokens))
         except UserError:
@@ -400,7 +398,7 @@ class _Preparation:
             "name": base, "documents": len(offsets) - 1, "tokens": len(shard.tokens), "end": list(shard.end),
             "sha256": {"offsets": hashlib.sha256(offsets).hexdigest(), "crc": hashlib.sha256(checksums).hexdigest()},
         }  # fmt: skip
-        _write(self.folder / f"{base}.json", _seal(record))
+        _write_sealed(self.folder / f"{base}.json", record)
         return record
 
 
