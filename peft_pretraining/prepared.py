@@ -326,7 +326,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
 
 @dataclass
 class _Preparation:
-    """Makes the shards that a folder lacks; counts the tokens that it had to tokenise."""
+    """Makes the shards that a folder lacks; counts the tokens of those."""
 
     folder: Path
     encode: Callable[[Iterable[str]], Encoded]
@@ -377,13 +377,12 @@ class _Preparation:
         logger.info(f"Tokenising the {name} documents{f' from document {end.read:,} on' if end.read else ''} into {self.folder}")
         batches = self.encode(itertools.islice(documents, end.read, None))
         bar = tqdm(desc=f"tokenising {name}", unit=" tokens", unit_scale=True, initial=end.tokens, disable=None)  # None: only on terminals
-        with bar, contextlib.closing(_cut(self._counted(batches, bar), end, limits, self.shard_tokens)) as shards:
+        with bar, contextlib.closing(_cut(self._watched(batches, bar), end, limits, self.shard_tokens)) as shards:
             yield from shards
 
-    def _counted(self, batches: Encoded, bar) -> Encoded:
+    def _watched(self, batches: Encoded, bar) -> Encoded:
         for tokens, lengths in batches:
             bar.update(len(tokens))
-            self.tokens_made += len(tokens)
             yield tokens.astype(self.dtype), lengths
 
     def _store(self, base: str, shard: NewShard) -> dict:
@@ -399,6 +398,7 @@ class _Preparation:
             "sha256": {"offsets": hashlib.sha256(offsets).hexdigest(), "crc": hashlib.sha256(checksums).hexdigest()},
         }  # fmt: skip
         _write_sealed(self.folder / f"{base}.json", record)
+        self.tokens_made += len(shard.tokens)
         return record
 
 
