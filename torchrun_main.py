@@ -24,7 +24,6 @@ from peft_pretraining.checkpoint import (
     checkpoints_of,
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
     seed_random_generators,
     set_aside_newer,
     step_of,
@@ -37,6 +36,7 @@ from peft_pretraining.modeling_llama import build_model, load_config
 from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.report import write_report
 from peft_pretraining.rows import IGNORED
+from peft_pretraining.saving import Checkpoints
 from peft_pretraining.schedule import lr_factor
 
 AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
@@ -60,12 +60,12 @@ def main() -> None:
         seed_random_generators(args.seed)
         config = load_config(args.model_config)
         run_folder = Path(args.save_dir)
-        checkpoint = find_checkpoint(args.continue_from, run_folder) if args.continue_from else None
+        checkpoint = find_checkpoint(args.continue_from, run_folder, ranks) if args.continue_from else None
         done = step_of(checkpoint) if checkpoint else 0
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
             if ranks.is_main:
-                write_report(run_folder)  # it may have been killed just before its end
+                report(run_folder)  # it may have been killed just before its end
             return
         if ranks.is_main:
             # A folder without a checkpoint of its own has nothing to lose but the records of a run that must begin again.
@@ -105,7 +105,8 @@ def main() -> None:
                 logger.warning(f"{newer} is of the history that ends here: renamed to {newer.name}.abandoned")
         description = {"name": args.name, "arguments": vars(args), "model_config": config.to_dict(), "parameters": parameters}
         log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, args.tags)
-        train(args, model, optimizer, decay, data, progress, log, ranks)
+        checkpoints = Checkpoints(run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error)
+        train(args, model, optimizer, decay, data, progress, log, checkpoints, ranks)
 
 
 def resume(checkpoint: Path, args, model, optimizer, decay, data_fingerprint: str, ranks: Ranks) -> dict:
@@ -133,7 +134,9 @@ def resume(checkpoint: Path, args, model, optimizer, decay, data_fingerprint: st
 # ------------------------------------------------------------------------------------------------------ the training loop
 
 
-def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: run_log.RunLog, ranks: Ranks) -> None:
+def train(
+    args, model: nn.Module, optimizer, decay, data, progress: dict, log: run_log.RunLog, checkpoints: Checkpoints, ranks: Ranks
+) -> None:
     cuda = ranks.device.type == "cuda"
     parallel = model
     if ranks.world_size > 1:
@@ -165,6 +168,9 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
         factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor
+        checkpoints.before_update()
+        if problem := checkpoints.failure():
+            raise UserError(problem)
         optimizer.step()
         optimizer.zero_grad()
         log.advance()
@@ -185,8 +191,10 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
                 evaluate_and_log(args, model, data, update, autocast, log, ranks)
         if saves:
             with clock.pause():
-                save(args, model, optimizer, decay, data, {"update_step": update, "tokens_seen": int(tokens_seen)}, ranks)
+                now = {"update_step": update, "tokens_seen": int(tokens_seen)}
+                checkpoints.save(update, model, optimizer, trainer_state(args, decay, data, now), data.tokenizer.hf)
     finish(clock, log, ranks)
+    checkpoints.finish()
 
 
 def forward_backward(model: nn.Module, micro_batches: list[dict], autocast, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,12 +235,10 @@ def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: r
     )
 
 
-def save(args, model: nn.Module, optimizer, decay, data, progress: dict, ranks: Ranks) -> None:
+def trainer_state(args, decay, data, progress: dict) -> dict:
+    """What a checkpoint holds beside weights, optimizer and random states."""
     arguments = {name: getattr(args, name) for name in DECIDES_THE_FUTURE}
-    trainer = {"progress": progress, "decay": decay.state_dict() if decay else None, "data": data.fingerprint, "arguments": arguments}
-    folder = Path(args.save_dir) / "checkpoints" / f"model_{progress['update_step']}"
-    save_checkpoint(folder, model, optimizer, trainer, data.tokenizer.hf, ranks)
-    logger.info(f"saved {folder}")
+    return {"progress": progress, "decay": decay.state_dict() if decay else None, "data": data.fingerprint, "arguments": arguments}
 
 
 # Arguments that a resumed run must share with the checkpoint to be the same run.
@@ -300,7 +306,15 @@ def finish(clock: Clock, log: run_log.RunLog, ranks: Ranks) -> None:
     log.finish(summary)
     if ranks.is_main:
         logger.info(f"{summary['tokens_per_second']:,.0f} tokens/s; analyses took {clock.analysing:.2f} s, {clock.analysing / seconds:.2%}")
-        logger.info(f"report: {write_report(log.folder)}")
+        report(log.folder)
+
+
+def report(run_folder: Path) -> None:
+    """Write the run's report; a disk too full for it must not fail a run that has made all its updates."""
+    try:
+        logger.info(f"report: {write_report(run_folder)}")
+    except (OSError, UserError) as error:
+        logger.warning(f"no report ({error}): make it later with python -m peft_pretraining.report {run_folder}")
 
 
 if __name__ == "__main__":

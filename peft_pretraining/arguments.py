@@ -8,6 +8,7 @@ from peft_pretraining.optimizer import OPTIMIZERS
 from peft_pretraining.schedule import SCHEDULERS
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
+ON_SAVE_ERROR = ("continue", "stop")
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +79,12 @@ def _add_run(g) -> None:
     g.add_argument("--eval_every", type=int, default=1000, help="updates between two evaluations (default 1000); one at the end")
     g.add_argument("--target_eval_tokens", type=int, default=10_000_000, help="tokens of an evaluation, at most (default 10_000_000)")
     g.add_argument("--save_every", type=int, default=10_000, help="updates between two checkpoints (default 10000); one follows the last")
+    g.add_argument("--keep_checkpoints", type=int, metavar="N", help="delete all but the newest N after each save (default: keep all)")
+    g.add_argument("--keep_every", type=int, metavar="M", help="checkpoints of every M-th update stay in spite of --keep_checkpoints")
+    g.add_argument(
+        "--on_save_error", choices=ON_SAVE_ERROR, default="continue",
+        help="when a checkpoint cannot be written, as on a full disk: continue and try again with the next (default), or stop",
+    )  # fmt: skip
     g.add_argument("--save_dir", metavar="FOLDER", help="the run folder (default runs/NAME)")
     g.add_argument("--continue_from", metavar="WHERE", help="a checkpoint, a run folder, or auto: the newest of this run, if any")
     g.add_argument("--name", help="name of the run and its folder (default: --wandb_name, or made of the settings)")
@@ -93,6 +100,8 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     _complete_steps(args)
     if args.scheduler == "cosine_restarts" and not args.cycle_length:
         raise UserError("--scheduler cosine_restarts needs --cycle_length N, the updates in a cycle")
+    if args.keep_every and not args.keep_checkpoints:
+        raise UserError("--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints")
     if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
         raise UserError(f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them")
     method = "alphadecay" if args.use_modulewise_wd else "awd" if args.use_AWD_NeurIPS2023 else "uniform"
@@ -109,7 +118,8 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
 
 def _check_positive(args: argparse.Namespace) -> None:
     positive = ("num_training_steps", "max_train_tokens", "batch_size", "total_batch_size", "gradient_accumulation", "max_length",
-                "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr")  # fmt: skip
+                "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr",
+                "keep_checkpoints", "keep_every")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:
