@@ -71,7 +71,7 @@ def main() -> None:
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
             if ranks.is_main:
-                write_report(run_folder)  # it may have been killed just before its end
+                report(run_folder)  # it may have been killed just before its end
             return
         if ranks.is_main:
             # A folder without a checkpoint of its own has nothing to lose but the records of a run that must begin again.
@@ -187,6 +187,9 @@ def train(
         factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor
+        checkpoints.before_update()
+        if problem := checkpoints.failure():
+            raise UserError(problem)
         optimizer.step()
         optimizer.zero_grad()
         log.advance()
@@ -207,8 +210,8 @@ def train(
             with clock.pause():
                 save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
                 saved = update
-    checkpoints.finish()
     finish(clock, log, ranks)
+    checkpoints.finish()
 
 
 def data_parallel(model: nn.Module, guard: FiniteGuard, ranks: Ranks) -> nn.Module:
@@ -363,7 +366,15 @@ def finish(clock: Clock, log: run_log.RunLog, ranks: Ranks) -> None:
     log.finish(summary)
     if ranks.is_main:
         logger.info(f"{summary['tokens_per_second']:,.0f} tokens/s; analyses took {clock.analysing:.2f} s, {clock.analysing / seconds:.2%}")
-        logger.info(f"report: {write_report(log.folder)}")
+        report(log.folder)
+
+
+def report(run_folder: Path) -> None:
+    """Write the run's report; a disk too full for it must not fail a run that has made all its updates."""
+    try:
+        logger.info(f"report: {write_report(run_folder)}")
+    except (OSError, UserError) as error:
+        logger.warning(f"no report ({error}): make it later with python -m peft_pretraining.report {run_folder}")
 
 
 if __name__ == "__main__":

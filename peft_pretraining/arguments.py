@@ -5,10 +5,10 @@ from typing import NoReturn
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.optimizer import OPTIMIZERS
-from peft_pretraining.saving import ON_SAVE_ERROR
 from peft_pretraining.schedule import SCHEDULERS
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
+ON_SAVE_ERROR = ("continue", "stop")
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,11 +92,11 @@ def _add_run(g) -> None:
     g.add_argument("--eval_every", type=int, default=1000, help="updates between two evaluations (default 1000); one at the end")
     g.add_argument("--target_eval_tokens", type=int, default=10_000_000, help="tokens of an evaluation, at most (default 10_000_000)")
     g.add_argument("--save_every", type=int, default=10_000, help="updates between two checkpoints (default 10000); one follows the last")
-    g.add_argument("--keep_checkpoints", type=int, metavar="N", help="keep only the newest N checkpoints (default: all)")
-    g.add_argument("--keep_every", type=int, metavar="N", help="besides, keep those after every N updates for ever")
+    g.add_argument("--keep_checkpoints", type=int, metavar="N", help="delete all but the newest N after each save (default: keep all)")
+    g.add_argument("--keep_every", type=int, metavar="M", help="checkpoints of every M-th update stay in spite of --keep_checkpoints")
     g.add_argument(
         "--on_save_error", choices=ON_SAVE_ERROR, default="continue",
-        help="where a checkpoint cannot be written (a full disk): continue, and try again at the next (default), or stop",
+        help="when a checkpoint cannot be written, as on a full disk: continue and try again with the next (default), or stop",
     )  # fmt: skip
     g.add_argument("--save_dir", metavar="FOLDER", help="the run folder (default runs/NAME)")
     g.add_argument("--continue_from", metavar="WHERE", help="a checkpoint, a run folder, or auto: the newest of this run, if any")
@@ -113,6 +113,8 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     _complete_steps(args)
     if args.scheduler == "cosine_restarts" and not args.cycle_length:
         raise UserError("--scheduler cosine_restarts needs --cycle_length N, the updates in a cycle")
+    if args.keep_every and not args.keep_checkpoints:
+        raise UserError("--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints")
     if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
         raise UserError(f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them")
     method = "alphadecay" if args.use_modulewise_wd else "awd" if args.use_AWD_NeurIPS2023 else "uniform"
