@@ -182,7 +182,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, ranks:
         states = torch.load(folder / OPTIMIZER, map_location=ranks.device, weights_only=True)
         weights = load_file(folder / WEIGHTS, device=str(ranks.device))
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder} cannot be read any more ({error}): continue from another checkpoint") from error
+        reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on with advice to load it unsafely
+        raise UserError(f"{folder} cannot be read any more ({reason}): continue from another checkpoint") from error
     _check_config(folder, config, model)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.state_dict()) - set(unshared_state(model))

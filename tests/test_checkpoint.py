@@ -174,14 +174,15 @@ def test_other_numbers_of_ranks(tmp_path, trained):
     assert draws[1] == draws[3] and len(set(draws)) == 3
 
 
-def test_a_file_that_vanishes_after_it_was_verified(run):
+def test_a_file_that_is_lost_after_it_was_verified(run):
     folder = run[0] / "checkpoints/model_20"
     for name in FILES:
         content = (folder / name).read_bytes()
-        (folder / name).unlink()
-        with pytest.raises(UserError, match="model_20 cannot be read any more .*continue from another checkpoint"):
-            load(folder)
-        (folder / name).write_bytes(content)
+        for harmed in (None, b"", b"garbled", content[: len(content) // 2]):
+            (folder / name).unlink() if harmed is None else (folder / name).write_bytes(harmed)
+            with pytest.raises(UserError, match="model_20 cannot be read any more .*continue from another checkpoint"):
+                load(folder)
+            (folder / name).write_bytes(content)
 
 
 # --------------------------------------------------------------------------------------------------------- in the background
@@ -417,6 +418,19 @@ def test_a_copy_that_fails_lets_the_training_go_on(tmp_path, trained, monkeypatc
         checkpoints.finish()
 
 
+def test_what_a_library_says_of_a_full_disk(tmp_path, trained):
+    """The operating system's words, not those that the library wraps them in."""
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise RuntimeError("unexpected pos 704 vs 662") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints = Checkpoints(tmp_path, ALONE)
+    checkpoints.save(10, *trained, {}, Tokenizer())
+    with pytest.raises(UserError, match="could not be saved .No space left on device"):
+        checkpoints.finish()
+
+
 def test_a_run_folder_that_is_no_folder(tmp_path, trained):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match="Not a directory|File exists"):
@@ -461,6 +475,23 @@ def test_a_deletion_that_fails_is_a_warning(run, trained, warnings, monkeypatch,
     checkpoints.save(40, *trained, {}, None)
     checkpoints.finish()
     assert names(folder) == ["model_40"]
+
+
+def test_a_checkpoint_that_could_not_be_replaced_comes_back(run, trained, monkeypatch):
+    folder, _ = run
+    rename = saving.Path.rename
+
+    def refuse(path, target):
+        if path.suffix == ".tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.Path, "rename", refuse)
+        with pytest.raises(UserError, match="Input/output error"):
+            save(folder, 20, *trained)
+    Checkpoints(folder, ALONE)
+    assert names(folder) == ["model_10", "model_20"]
 
 
 class Killed(BaseException):
@@ -513,6 +544,7 @@ def test_killed_at_every_step(tmp_path, trained, killer, warnings, step):
         found = checkpoint.find_checkpoint("auto", run, ALONE)
         state, found_step = load(found)
         assert any(same(state, expected) for expected in states[found_step]) and found_step == checkpoint.step_of(found)
+        assert all(checkpoint.damage_of(folder) is None for folder in checkpoint.checkpoints_of(run))
         Checkpoints(run, ALONE)
         assert set(names(run)) <= {"model_10", "model_20", "model_30"}
         if completed:
