@@ -11,7 +11,7 @@ from torch import Tensor
 METHODS = ("median", "median-paper", "goodness-of-fit", "fix-finger", "fix-finger-reference")
 HISTOGRAM_BINS = 100  # of log10 lambda, for fix-finger
 ZERO = 1e-5  # filter_zeros leaves out eigenvalues up to here (the reference's threshold)
-BLOCK_ROWS = 32  # thresholds whose D is computed at a time: they take 32 N numbers of memory, twice
+BLOCK_ROWS = 16  # thresholds whose D is computed at a time: they take 16 N numbers of memory, twice
 ROUNDING = 1e-9  # far above that of a D, far below the differences of two
 ONE_THREAD = 2**15  # numbers that torch leaves to one thread: waking a second one for a few more costs more than it spares
 
@@ -118,45 +118,45 @@ def _window(values: Tensor, logs: Tensor, method: str) -> tuple[int, int]:
 def _least_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw:
     """The threshold among the first `count` eigenvalues whose fit is closest to its own tail; of equally close ones the lowest.
 
-    Every D is first bounded from below, by the differences at some 2 sqrt(N) eigenvalues. The tails are then taken in the order of
-    their bounds until no bound is below the least D: the rest cannot win.
+    The differences at some 2 sqrt(N) of the eigenvalues bound every D from below. Tails are taken in the order of their bounds until
+    no bound is below the least D: the rest cannot win.
 
     Args:
-        values, logs: [N], eigenvalues above zero and their log10.
+        values, logs: [N], ascending eigenvalues above zero and their log10.
     """
     if count <= 0:
         raise UndefinedPowerLaw(NO_THRESHOLD)
     # Descending, so that a tail is the first n eigenvalues, and relative to the greatest, so that nearly equal ones keep their digits.
     logs = (logs.flip(0) - logs[-1])[:, None]
     sizes = torch.arange(1, len(logs) + 1, dtype=logs.dtype)[:, None]
-    spreads = torch.addcmul(logs.cumsum(0), sizes, logs, value=-1)  # the sum of log10(lambda_j / lambda_i) over a tail
+    spreads = torch.addcmul(logs.cumsum(0), sizes, logs, value=-1)  # of each tail the sum of log10(lambda_j / lambda_i)
     rates = sizes / spreads.mul_(math.log(2))  # (alpha - 1) log2(10)
     tails = [x[-count:] for x in (logs, rates, sizes)]
     step = max(1, math.isqrt(len(logs)) // 2)
     sample = logs[::step], sizes[::step]
     rows = max(1, ONE_THREAD // len(sample[0]))
-    bounds = torch.cat([_distances(*sample, *part) for part in zip(*(x.split(rows) for x in tails), strict=True)])
+    bounds = torch.cat([_distances(*sample, *(x[i : i + rows] for x in tails)) for i in range(0, count, rows)])
     bounds, order = bounds.sort()
-    best = (1.0, 0)  # D and the negated place: where D is 1 or, alpha being infinite, not a number, there is no fit
+    best = (1.0, 0)  # D and the negated row; no fit is a D of 1 or, alpha being infinite, one that is not a number
     for first in range(0, count, BLOCK_ROWS):
         if not float(bounds[first]) <= best[0] + ROUNDING:
             break
-        places = order[first : first + BLOCK_ROWS]
-        exact = _distances(logs, sizes, *(x[places] for x in tails))
-        best = min(best, *zip(exact.tolist(), places.neg().tolist(), strict=True))
-    distance, place = best
+        block = order[first : first + BLOCK_ROWS]
+        distances = _distances(logs, sizes, *(x[block] for x in tails))
+        best = min(best, *zip(distances.tolist(), block.neg().tolist(), strict=True))
+    distance, row = best[0], -best[1]
     if distance >= 1:
         raise UndefinedPowerLaw(NO_THRESHOLD)
-    index = count - 1 + place
-    return PowerLaw(1 + float(tails[1][-place]) * math.log10(2), distance, float(values[index]), len(values) - index)
+    index = count - 1 - row
+    return PowerLaw(1 + float(tails[1][row]) * math.log10(2), distance, float(values[index]), len(values) - index)
 
 
 def _distances(logs: Tensor, ranks: Tensor, own: Tensor, rates: Tensor, sizes: Tensor) -> Tensor:
-    """[n]: the greatest difference of each tail's two shares from an eigenvalue up, over the eigenvalues given.
+    """[n]: the greatest difference between each tail and its fit, both taken as the share from an eigenvalue up.
 
     Args:
-        logs, ranks: [m, 1], log10 of the eigenvalues and how many of the spectrum are from there up.
-        own, rates, sizes: [n, 1], log10 of the thresholds, (alpha - 1) log2(10) and the eigenvalues of the tails.
+        logs, ranks: [m, 1], log10 of the eigenvalues to compare at, and how many of the spectrum are from there up.
+        own, rates, sizes: [n, 1], of each tail log10 of the threshold, (alpha - 1) log2(10) and the number of eigenvalues.
     """
-    model = (own - logs.T).mul_(rates).exp2_().clamp_(max=1)  # both shares are 1 below the threshold
-    return model.sub_((ranks.T / sizes).clamp_(max=1)).abs_().amax(dim=1)
+    fitted = (own - logs.T).mul_(rates).exp2_().clamp_(max=1)  # below the threshold both shares stay 1
+    return fitted.sub_((ranks.T / sizes).clamp_(max=1)).abs_().amax(dim=1)
