@@ -45,7 +45,7 @@ def fit(values, method="median"):
         high = 1.5 * peak
     best = (math.inf, None, None)
     for i in range(N - 1):
-        if low <= values[i] <= high:
+        if low <= values[i] <= high and values[i] < values[-1]:  # an equal tail has no alpha
             alpha, D = hill(values, i, values[i])
             D = 1.0 if alpha <= 1 else D
             if D < best[0]:
