@@ -84,6 +84,9 @@ def decays(scores, eta, mapping, s1, s2, blocks):
         M = len(scores)
         if mapping == "tb_linear_map":
             out.append(eta * ((a - min(scores)) / (max(scores) - min(scores)) * (s2 - s1) + s1))
+        elif mapping == "tb_quantile":
+            places = [j for j, b in enumerate(sorted(scores)) if b == a]
+            out.append(eta * (sum(places) / len(places) / (M - 1) * (s2 - s1) + s1))
         elif mapping == "tb_sqrt":
             out.append(eta * M * math.sqrt(a) / sum(math.sqrt(b) + 1e-8 for b in scores))
         elif mapping == "tb_log2":
