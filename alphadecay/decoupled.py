@@ -95,4 +95,7 @@ def check_precision(what: str, parameters: Iterable[Tensor]) -> None:
     """Raise ValueError where weights are narrower than float32: lr * decay is below their resolution."""
     narrow = next((p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize < 4), None)
     if narrow:
-        raise ValueError(f"{what} changes the weights in place, and {str(narrow)[6:]} rounds so small a change away: train float32 weights")
+        raise ValueError(
+            f"{what} changes weights or gradients in place, and {str(narrow)[6:]} rounds so small a change away: "
+            "keep the weights in float32 (--dtype bf16_mixed or float32)"
+        )

@@ -56,11 +56,9 @@ def _add_model_and_data(g) -> None:
 
 def _add_training(g) -> None:
     g.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adam",
-        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: adamw for what is no hidden matrix",
-    )
+        "--optimizer", choices=OPTIMIZERS, default="adam",
+        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: torch's for the hidden matrices, adamw for the rest",
+    )  # fmt: skip
     g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     g.add_argument("--weight_decay", type=float, default=1e-5, help="eta, the decay that is scaled for each module (default 1e-5)")
     g.add_argument("--batch_size", type=int, default=256, help="rows in a micro-batch of one process (default 256)")

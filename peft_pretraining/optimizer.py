@@ -32,6 +32,8 @@ class MuonWithAdamW(Optimizer):
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float):
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"torch {torch.__version__} has no Muon: install torch 2.9 or later, or use --optimizer adamw")
+        if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+            raise UserError("Muon's decays are rounded away in bfloat16 weights: use --dtype bf16_mixed or float32")
         matrices, others = [], []
         for group in groups:
             for kind, home in ((True, matrices), (False, others)):
