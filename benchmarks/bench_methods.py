@@ -5,7 +5,7 @@
 Forward, backward, gradient norm, the method and the fused optimizer, on random tokens; the methods take turns, a step each, in an
 order that changes from round to round. Prints the median over the rounds of a step over the uniform step of the same round, and the
 median time of the method's own part over that of the whole uniform step (steadier, as it is no difference of two large times).
-AlphaDecay is timed between two analyses and at one. On a GPU it also prints what `step` adds to the peak memory.
+AlphaDecay is timed between two analyses and at one.
 """
 
 import argparse

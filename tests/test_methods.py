@@ -202,6 +202,9 @@ def test_hidden_weights_are_all_but_the_output_layer():
     assert [g["hidden"] for g in groups_of(model)] == [True, False]
     model.lm_head.weight = model.model.embed_tokens.weight
     assert {id(w) for w in hidden_weights(model)} == hidden
+    tied_first = nn.ModuleDict({"head": nn.Linear(8, 8), "embed": nn.Embedding(8, 8), "inner": nn.Linear(8, 8), "last": nn.Linear(8, 8)})
+    tied_first.head.weight = tied_first.embed.weight
+    assert [id(w) for w in hidden_weights(tied_first)] == [id(tied_first.inner.weight)]
 
 
 def test_what_a_decay_cannot_reach_is_refused():
