@@ -86,7 +86,7 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, first=ranks.first,
+            args.validation_file, stream=args.stream, packing=args.packing, first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
@@ -123,7 +123,7 @@ def resume(checkpoint: Path, args, model, optimizer, decay, data_fingerprint: st
     """Load a checkpoint into everything that decides the future; returns the counters."""
     trainer = load_checkpoint(checkpoint, model, optimizer, ranks)
     if trainer["data"] != data_fingerprint:
-        raise UserError(f"{checkpoint} was trained on other data: give the --dataset, --tokenizer and --max_length it was trained with")
+        raise UserError(f"{checkpoint} was trained on other data: give the --dataset, --tokenizer, --max_length and --packing of it")
     if (decay is None) != (trainer["decay"] is None):
         raise UserError(f"{checkpoint} was trained with another kind of weight decay: give the decay flags it was trained with")
     if decay:

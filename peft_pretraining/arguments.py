@@ -43,13 +43,20 @@ def _add_model_and_data(g) -> None:
     g.add_argument(
         "--dataset", default="c4", metavar="SOURCE",
         help="c4 (streamed from the Hugging Face Hub), pydocs (built in, needs no network), a .jsonl/.txt/.parquet file "
-        "(.gz, .xz, .zst too) or a folder of them (default c4)",
+        "(.gz, .xz, .zst too), a folder of them, or what peft_pretraining.prepare_data made (default c4)",
     )  # fmt: skip
     g.add_argument("--stream", action="store_true", help="read files while training instead of tokenizing them beforehand, as c4 always is")
     g.add_argument("--validation_file", metavar="FILE", help="default: the source's own validation split, or 1 %% held out by hash")
-    g.add_argument("--tokenizer", default="t5-base", help="a hub name, a folder, or bpe: trained on the corpus (default t5-base)")
+    g.add_argument(
+        "--tokenizer", help="a hub name, a folder, or bpe: trained on the corpus (default: that of the prepared data, else t5-base)"
+    )  # fmt: skip
     g.add_argument("--max_length", type=int, default=256, help="tokens in a row: a document is cut or padded to it (default 256)")
     g.add_argument("--max_passes", type=int, metavar="N", help="stop before data is seen more than N times (default: go on)")
+    g.add_argument(
+        "--packing", action="store_true",
+        help="rows without pads, in training and validation: documents joined by the end-of-sequence id and cut into windows; "
+        "attention sees across documents",
+    )  # fmt: skip
     g.add_argument("--workers", type=int, default=8, help="processes that read and tokenize a stream, for each rank (default 8)")
     g.add_argument("--seed", type=int, default=5, help="of the initial weights and of the order of the data (default 5)")
 
