@@ -62,7 +62,10 @@ def _add_model_and_data(g) -> None:
 
 
 def _add_training(g) -> None:
-    g.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="adam: the decay enters the moments (L2); adamw: decoupled")
+    g.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adam",
+        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: torch's for the hidden matrices, adamw for the rest",
+    )  # fmt: skip
     g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     g.add_argument("--weight_decay", type=float, default=1e-5, help="eta, the decay that is scaled for each module (default 1e-5)")
     g.add_argument("--batch_size", type=int, default=256, help="rows in a micro-batch of one process (default 256)")
@@ -117,7 +120,7 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
         raise UserError("--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints")
     if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
         raise UserError(f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them")
-    method = "alphadecay" if args.use_modulewise_wd else "awd" if args.use_AWD_NeurIPS2023 else "uniform"
+    method = method_name(args)
     size = args.model_config.rsplit("/", 1)[-1].removesuffix(".json")
     settings = f"{size}-{method}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
     args.name = args.name or args.wandb_name or settings
@@ -127,6 +130,15 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     if any(len(tag) > 64 for tag in args.tags):
         raise UserError("--tags: W&B takes tags of at most 64 characters; separate them by commas")
     return args
+
+
+def method_name(args: argparse.Namespace) -> str:
+    """`alphadecay`, `gradnorm+iso_budget`: the method and what is added to it."""
+    kinds = {"alphadecay": args.use_modulewise_wd, "awd": args.use_AWD_NeurIPS2023, "adadecay": args.use_AdaDecay, "uniform": True}
+    name = args.method or next(kind for kind, on in kinds.items() if on)
+    # A method's name settles all switches but the last three.
+    switches = ("one_shot", "shuffle_decays", "type_constant") * (not args.method) + ("iso_budget", "adamc", "cautious_decay")
+    return "+".join([name, *(switch for switch in switches if getattr(args, switch))])
 
 
 def _check_positive(args: argparse.Namespace) -> None:
