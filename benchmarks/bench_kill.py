@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/kill_cpu.json")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -55,9 +56,10 @@ def main() -> None:
         for number in range(args.trials):
             outcomes.append(trial(inputs, f"trial{number}", wanted, rng.choice(["rank", "run"]), rng.random() * duration, rng))
             print(json.dumps(outcomes[-1]), flush=True)
+            counts = {"equal": sum(o["equal"] for o in outcomes), "trials": len(outcomes)}
+            result = counts | {"seconds_of_a_run": duration, "outcomes": outcomes}
+            args.output.write_text(json.dumps(result, indent=1) + "\n")  # each time: it runs for long
     print(summary(outcomes, duration))
-    result = {"trials": len(outcomes), "equal": sum(o["equal"] for o in outcomes), "seconds_of_a_run": duration, "outcomes": outcomes}
-    Path(ROOT / "benchmarks/results/kill_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def settings(inputs: Path, name: str) -> list:
