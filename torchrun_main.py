@@ -24,19 +24,21 @@ from peft_pretraining.checkpoint import (
     checkpoints_of,
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
     seed_random_generators,
     set_aside_newer,
     step_of,
 )
-from peft_pretraining.data import load_data, training_batches, validation_batches
+from peft_pretraining.data import Step, load_data, merge_positions, training_batches, validation_batches
 from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
+from peft_pretraining.finite import FiniteGuard
+from peft_pretraining.interruption import StopRequest, was_restarted
 from peft_pretraining.modeling_llama import build_model, load_config
 from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.report import write_report
 from peft_pretraining.rows import IGNORED
+from peft_pretraining.saving import Checkpoints
 from peft_pretraining.schedule import lr_factor
 
 AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
@@ -55,12 +57,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    with process_group(args.single_cuda) as ranks:
+    with process_group(args.single_cuda) as ranks, contextlib.ExitStack() as held:
         run_log.start_logging(ranks)
         seed_random_generators(args.seed)
         config = load_config(args.model_config)
         run_folder = Path(args.save_dir)
-        checkpoint = find_checkpoint(args.continue_from, run_folder) if args.continue_from else None
+        if ranks.is_main:
+            held.enter_context(run_log.run_lock(run_folder))
+        if was_restarted() and (checkpoints_of(run_folder) or not args.continue_from):
+            args.continue_from = "auto"
+        checkpoint = find_checkpoint(args.continue_from, run_folder, ranks) if args.continue_from else None
         done = step_of(checkpoint) if checkpoint else 0
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
@@ -71,13 +77,14 @@ def main() -> None:
             # A folder without a checkpoint of its own has nothing to lose but the records of a run that must begin again.
             begun_again = bool(args.continue_from) and not checkpoints_of(run_folder)
             own = args.continue_from == "auto" or checkpoint and checkpoint.parents[1] == run_folder.resolve()
-            run_log.make_run_folder(run_folder, fresh=not (own or begun_again))
+            if not (own or begun_again):
+                run_log.refuse_to_mix(run_folder)
             if args.continue_from == "auto" and not checkpoint:
                 logger.info(f"no checkpoint in {run_folder} yet: training from the start")
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, first=ranks.first,
+            args.validation_file, stream=args.stream, packing=args.packing, first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
@@ -96,7 +103,7 @@ def main() -> None:
         groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
         optimizer = build_optimizer(args.optimizer, groups, args.lr)
 
-        progress = {"update_step": 0, "tokens_seen": 0}
+        progress = {"update_step": 0, "tokens_seen": 0, "position": None}
         if checkpoint:
             progress = resume(checkpoint, args, model, optimizer, decay, data.fingerprint, ranks)
         if ranks.is_main:  # a run that went on past its checkpoint, or never had one, has records that will be made again
@@ -105,14 +112,15 @@ def main() -> None:
                 logger.warning(f"{newer} is of the history that ends here: renamed to {newer.name}.abandoned")
         description = {"name": args.name, "arguments": vars(args), "model_config": config.to_dict(), "parameters": parameters}
         log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, args.tags)
-        train(args, model, optimizer, decay, data, progress, log, ranks)
+        checkpoints = Checkpoints(run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error)
+        train(args, model, optimizer, decay, data, progress, checkpoints, log, ranks)
 
 
 def resume(checkpoint: Path, args, model, optimizer, decay, data_fingerprint: str, ranks: Ranks) -> dict:
     """Load a checkpoint into everything that decides the future; returns the counters."""
     trainer = load_checkpoint(checkpoint, model, optimizer, ranks)
     if trainer["data"] != data_fingerprint:
-        raise UserError(f"{checkpoint} was trained on other data: give the --dataset, --tokenizer and --max_length it was trained with")
+        raise UserError(f"{checkpoint} was trained on other data: give the --dataset, --tokenizer, --max_length and --packing of it")
     if (decay is None) != (trainer["decay"] is None):
         raise UserError(f"{checkpoint} was trained with another kind of weight decay: give the decay flags it was trained with")
     if decay:
@@ -133,30 +141,42 @@ def resume(checkpoint: Path, args, model, optimizer, decay, data_fingerprint: st
 # ------------------------------------------------------------------------------------------------------ the training loop
 
 
-def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: run_log.RunLog, ranks: Ranks) -> None:
-    cuda = ranks.device.type == "cuda"
-    parallel = model
-    if ranks.world_size > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, device_ids=[ranks.local_rank] if cuda else None)
+def train(
+    args, model: nn.Module, optimizer, decay, data, progress: dict, checkpoints: Checkpoints, log: run_log.RunLog, ranks: Ranks
+) -> None:
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
-    done = progress["update_step"]
+    guard = FiniteGuard(optimizer, ranks, args.max_skipped_updates)
+    parallel = data_parallel(model, guard, ranks)
+    stop = StopRequest()
     steps = training_batches(
-        data.train, seed=args.seed, position={"rows": done * args.total_batch_size} if done else None,
-        total_batch_size=args.total_batch_size, batch_size=args.batch_size, rank=ranks.rank, world_size=ranks.world_size,
-        workers=args.workers, pin_memory=cuda, max_passes=args.max_passes,
+        data.train, seed=args.seed, position=progress["position"], total_batch_size=args.total_batch_size, batch_size=args.batch_size,
+        rank=ranks.rank, world_size=ranks.world_size, workers=args.workers, pin_memory=ranks.device.type == "cuda",
+        max_passes=args.max_passes,
     )  # fmt: skip
     log.modules(decay.history if decay else [])
     log.start_bar(args.num_training_steps, progress["update_step"])
-    tokens_seen = torch.tensor(progress["tokens_seen"], device=ranks.device)
-    sound = torch.ones((), dtype=torch.bool, device=ranks.device)  # every loss and gradient so far was finite, on all ranks
     clock = Clock(progress["tokens_seen"])
+    saved = progress["update_step"]
 
-    for update in range(progress["update_step"] + 1, args.num_training_steps + 1):
-        # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
-        loss, n_tokens = forward_backward(parallel, next(steps).micro_batches, autocast, ranks)
-        tokens_seen += n_tokens
+    for update in range(saved + 1, args.num_training_steps + 1):
+        step, tokens, targets, ending = next_step(steps, stop, checkpoints, ranks)
+        if ending is None:
+            # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
+            loss = forward_backward(parallel, step.micro_batches, targets, autocast, ranks)
+            if not guard.read():  # of the update before, which the device has long finished
+                ending = UserError(
+                    f"the loss or a gradient was not finite in {args.max_skipped_updates} updates in a row, up to update {update - 1}: "
+                    "lower --lr or set --grad_clipping 1.0"
+                )
+        if ending is not None:
+            if saved < update - 1:
+                save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
+            checkpoints.finish()
+            return end_early(ending, update - 1, log)
+
         norm = clip_gradients(model, args.grad_clipping)
-        sound &= torch.isfinite(norm)  # gradients are summed over the ranks, so one rank's NaN is everyone's
+        guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none
+        checkpoints.before_update()
 
         # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
         before = time.perf_counter()
@@ -170,43 +190,83 @@ def train(args, model: nn.Module, optimizer, decay, data, progress: dict, log: r
         optimizer.step()
         optimizer.zero_grad()
         log.advance()
+        progress = {"update_step": update, "tokens_seen": progress["tokens_seen"] + tokens, "position": step.position}
 
         last = update == args.num_training_steps
         logs, evaluates, saves = (last or update % every == 0 for every in (args.log_every, args.eval_every, args.save_every))
-        if (logs or evaluates or saves) and not sound:
-            raise UserError(
-                f"a gradient up to update {update} was not finite: lower --lr or set --grad_clipping 1.0 (nothing of it is saved)"
-            )
         if logs or update == 1:
-            loss, seen = float(ranks.sum(loss)), int(tokens_seen)  # the only numbers that the step waits for
+            guard.read()
+            loss = float(ranks.sum(loss))  # this and the norm are the only numbers that the step waits for
             record = {"update_step": update, "loss": loss, "lr": args.lr * factor, "weight_decay": mean_decay(optimizer)}
-            record |= {"grad_norm": float(norm), "tokens_seen": seen} | clock.rates(update, seen, args.total_batch_size)
-            log.metrics(record)
+            record |= {"grad_norm": float(norm), "tokens_seen": progress["tokens_seen"], "skipped_updates": guard.skipped}
+            log.metrics(record | clock.rates(update, progress["tokens_seen"], args.total_batch_size))
         if evaluates:
             with clock.pause():
                 evaluate_and_log(args, model, data, update, autocast, log, ranks)
         if saves:
             with clock.pause():
-                save(args, model, optimizer, decay, data, {"update_step": update, "tokens_seen": int(tokens_seen)}, ranks)
+                save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
+                saved = update
+    checkpoints.finish()
     finish(clock, log, ranks)
 
 
-def forward_backward(model: nn.Module, micro_batches: list[dict], autocast, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of one update. Returns this rank's share of the mean loss per target token, and the global batch's tokens."""
-    labels = [batch["labels"] for batch in micro_batches]
-    tokens, targets = (sum((y[:, start:] != IGNORED).sum() for y in labels) for start in (0, 1))
-    counts = ranks.sum(torch.stack([tokens, targets]).to(ranks.device, non_blocking=True))
-    n_targets = counts[1].clamp_min(1)
+def data_parallel(model: nn.Module, guard: FiniteGuard, ranks: Ranks) -> nn.Module:
+    """The model with gradients summed over the ranks, each rank's own seen by the guard before."""
+    if ranks.world_size == 1:
+        return model
+    parallel = nn.parallel.DistributedDataParallel(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
+    guard.sum_over_ranks(parallel)
+    # After its first pass DistributedDataParallel packs the gradients anew, and may then add them in another order. A resumed
+    # run must add in the order of the run that it continues, so every run makes that pass here, on two tokens.
+    two_tokens = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
+    parallel(two_tokens, two_tokens).backward()
+    model.zero_grad()
+    return parallel
+
+
+def next_step(steps, stop: StopRequest, checkpoints: Checkpoints, ranks: Ranks) -> tuple[Step | None, int, int, Exception | None]:
+    """This rank's data of the next update with the tokens and targets of the global batch, or, agreed by all ranks, why there is none."""
+    try:
+        step, problem = next(steps), checkpoints.failure()
+    except UserError as error:
+        step, problem = None, str(error)
+    labels = [batch["labels"] for batch in step.micro_batches] if step else []
+    tokens, targets = (sum(int((y[:, start:] != IGNORED).sum()) for y in labels) for start in (0, 1))
+    # On the CPU, so that no rank waits for its device.
+    tokens, targets, endings = ranks.sum(torch.tensor([tokens, targets, bool(problem or stop.signal)])).tolist()
+    if not endings:
+        return step, tokens, targets, None
+    said = ranks.broadcast(ranks.gather((problem, stop.signal)))
+    problems = [f"{problem} (rank {rank})" if ranks.world_size > 1 else problem for rank, (problem, _) in enumerate(said) if problem]
+    signals = [signal for _, signal in said if signal]
+    return None, 0, 0, UserError(problems[0]) if problems else Stopped(signals[0].name)
+
+
+class Stopped(Exception):
+    """A signal asked for the end of the run."""
+
+
+def end_early(ending: Exception, update: int, log: run_log.RunLog) -> None:
+    """A run that goes no further than this update, whose checkpoint is on the disk."""
+    if not isinstance(ending, Stopped):
+        raise ending
+    log.close()
+    logger.warning(f"{ending}: stopped after update {update}; the same command with --continue_from auto goes on")
+
+
+def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, autocast, ranks: Ranks) -> torch.Tensor:
+    """Gradients of one update. Returns this rank's share of the mean loss per target token of the global batch."""
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
         input_ids, target_ids = (batch[key].to(ranks.device, non_blocking=True) for key in ("input_ids", "labels"))
         # Gradients are exchanged with the last micro-batch only.
         synchronise = i == len(micro_batches) - 1 or ranks.world_size == 1
         with contextlib.nullcontext() if synchronise else model.no_sync(), autocast:
-            loss = model(input_ids, target_ids) / n_targets
-        (loss * ranks.world_size).backward()  # DistributedDataParallel averages over the ranks
+            loss = model(input_ids, target_ids) / max(targets, 1)
+        loss.backward()
         total += loss.detach()
-    return total, counts[0]
+    return total
 
 
 def clip_gradients(model: nn.Module, greatest_norm: float) -> torch.Tensor:
@@ -229,17 +289,18 @@ def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: r
     )
 
 
-def save(args, model: nn.Module, optimizer, decay, data, progress: dict, ranks: Ranks) -> None:
+def save(args, model: nn.Module, optimizer, decay, data, progress: dict, checkpoints: Checkpoints, ranks: Ranks) -> None:
     arguments = {name: getattr(args, name) for name in DECIDES_THE_FUTURE}
+    positions = ranks.gather(progress["position"])
+    if ranks.is_main:  # where the data stand for all ranks, so that another number of them can go on
+        progress = progress | {"position": merge_positions(positions)}
     trainer = {"progress": progress, "decay": decay.state_dict() if decay else None, "data": data.fingerprint, "arguments": arguments}
-    folder = Path(args.save_dir) / "checkpoints" / f"model_{progress['update_step']}"
-    save_checkpoint(folder, model, optimizer, trainer, data.tokenizer.hf, ranks)
-    logger.info(f"saved {folder}")
+    checkpoints.save(progress["update_step"], model, optimizer, trainer, data.tokenizer.hf)
 
 
 # Arguments that a resumed run must share with the checkpoint to be the same run.
 DECIDES_THE_FUTURE = (
-    "use_hf_model", "optimizer", "lr", "weight_decay", "batch_size", "total_batch_size", "num_training_steps", "warmup_steps",
+    "use_hf_model", "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps",
     "scheduler", "cycle_length", "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD",
     "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos",
     "filter_zeros", "remove_first_layer", "remove_last_layer", "balance_scope", "esd_async", "esd_lag", "use_AWD_NeurIPS2023",

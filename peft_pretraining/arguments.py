@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.optimizer import OPTIMIZERS
+from peft_pretraining.saving import ON_SAVE_ERROR
 from peft_pretraining.schedule import SCHEDULERS
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
@@ -42,13 +43,20 @@ def _add_model_and_data(g) -> None:
     g.add_argument(
         "--dataset", default="c4", metavar="SOURCE",
         help="c4 (streamed from the Hugging Face Hub), pydocs (built in, needs no network), a .jsonl/.txt/.parquet file "
-        "(.gz, .xz, .zst too) or a folder of them (default c4)",
+        "(.gz, .xz, .zst too), a folder of them, or what peft_pretraining.prepare_data made (default c4)",
     )  # fmt: skip
     g.add_argument("--stream", action="store_true", help="read files while training instead of tokenizing them beforehand, as c4 always is")
     g.add_argument("--validation_file", metavar="FILE", help="default: the source's own validation split, or 1 %% held out by hash")
-    g.add_argument("--tokenizer", default="t5-base", help="a hub name, a folder, or bpe: trained on the corpus (default t5-base)")
+    g.add_argument(
+        "--tokenizer", help="a hub name, a folder, or bpe: trained on the corpus (default: that of the prepared data, else t5-base)"
+    )  # fmt: skip
     g.add_argument("--max_length", type=int, default=256, help="tokens in a row: a document is cut or padded to it (default 256)")
     g.add_argument("--max_passes", type=int, metavar="N", help="stop before data is seen more than N times (default: go on)")
+    g.add_argument(
+        "--packing", action="store_true",
+        help="rows without pads, in training and validation: documents joined by the end-of-sequence id and cut into windows; "
+        "attention sees across documents",
+    )  # fmt: skip
     g.add_argument("--workers", type=int, default=8, help="processes that read and tokenize a stream, for each rank (default 8)")
     g.add_argument("--seed", type=int, default=5, help="of the initial weights and of the order of the data (default 5)")
 
@@ -84,6 +92,12 @@ def _add_run(g) -> None:
     g.add_argument("--eval_every", type=int, default=1000, help="updates between two evaluations (default 1000); one at the end")
     g.add_argument("--target_eval_tokens", type=int, default=10_000_000, help="tokens of an evaluation, at most (default 10_000_000)")
     g.add_argument("--save_every", type=int, default=10_000, help="updates between two checkpoints (default 10000); one follows the last")
+    g.add_argument("--keep_checkpoints", type=int, metavar="N", help="keep only the newest N checkpoints (default: all)")
+    g.add_argument("--keep_every", type=int, metavar="N", help="besides, keep those after every N updates for ever")
+    g.add_argument(
+        "--on_save_error", choices=ON_SAVE_ERROR, default="continue",
+        help="where a checkpoint cannot be written (a full disk): continue, and try again at the next (default), or stop",
+    )  # fmt: skip
     g.add_argument("--save_dir", metavar="FOLDER", help="the run folder (default runs/NAME)")
     g.add_argument("--continue_from", metavar="WHERE", help="a checkpoint, a run folder, or auto: the newest of this run, if any")
     g.add_argument("--name", help="name of the run and its folder (default: --wandb_name, or made of the settings)")
@@ -116,7 +130,7 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
 def _check_positive(args: argparse.Namespace) -> None:
     positive = ("num_training_steps", "max_train_tokens", "batch_size", "total_batch_size", "gradient_accumulation", "max_length",
                 "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr",
-                "max_skipped_updates", "max_passes")  # fmt: skip
+                "max_skipped_updates", "max_passes", "keep_checkpoints", "keep_every")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:

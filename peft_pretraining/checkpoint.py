@@ -1,4 +1,4 @@
-"""Checkpoints: everything that decides the future of a run, written whole or not at all, verified on load.
+"""Checkpoints: everything that decides the future of a run, verified before it is loaded. saving.py writes them.
 
 model_<step>/
     config.json, model.safetensors, tokenizer files     transformers' format: AutoModelForCausalLM.from_pretrained reads it
@@ -10,7 +10,6 @@ model_<step>/
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -18,85 +17,90 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from loguru import logger
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 STATE = Path("training_state")
-
-
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, trainer: dict, tokenizer, ranks: Ranks) -> None:
-    """Write a checkpoint under `folder` (its name appears only when it is complete); all ranks call it together.
-
-    model: with `.config`; parameter names as transformers'. trainer: what JSON can hold. tokenizer: anything with
-    `save_pretrained`, or None.
-    """
-    building = folder.with_name(folder.name + ".tmp")
-    if ranks.is_main:
-        shutil.rmtree(building, ignore_errors=True)
-        (building / STATE).mkdir(parents=True)
-    ranks.barrier()
-    torch.save(random_states(ranks.device), building / STATE / f"random_{ranks.rank}.pt")
-    ranks.barrier()
-    if ranks.is_main:
-        save_file(_unshared(model), building / "model.safetensors", metadata={"format": "pt"})
-        config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(next(model.parameters()).dtype)[6:]}
-        (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(building)
-        torch.save(optimizer_state_by_name(model, optimizer), building / STATE / "optimizer.pt")
-        (building / STATE / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf8")
-        _finish(building, folder)
-    ranks.barrier()
+NEEDED = ("config.json", WEIGHTS, *(f"{STATE}/{name}" for name in ("trainer.json", "optimizer.pt", "random_0.pt")))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict:
-    """Put a checkpoint's weights, optimizer state and random states in place and return its `trainer` dictionary.
+    """Put the weights, optimizer state and random states of a checkpoint that `find_checkpoint` gave in place; returns its `trainer`.
 
-    Raises UserError where a file is missing or damaged, or where the checkpoint is of another model.
+    It may have been made by any number of ranks. Raises UserError where it is of another model or can no longer be read.
     """
-    verify(folder)
-    trainer = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf8"))
-    _check_config(folder, model)
-    weights = load_file(folder / "model.safetensors", device=str(ranks.device))
+    try:
+        trainer = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf8"))
+        _check_config(folder, model)
+        weights = load_file(folder / WEIGHTS, device=str(ranks.device))
+        states = torch.load(folder / STATE / "optimizer.pt", map_location=ranks.device, weights_only=True)
+        random_file = folder / STATE / f"random_{ranks.rank}.pt"
+        own = random_file.exists()
+        randomness = torch.load(random_file if own else folder / STATE / "random_0.pt", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} can no longer be read ({error}): start again") from error
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.state_dict()) - set(_unshared(model))
+    tied = set(model.state_dict()) - set(unshared(model))
     if unexpected or set(missing) - tied:
         odd = sorted({*unexpected, *missing} - tied)
         raise UserError(f"{folder} does not fit the model: {odd[0]} is in only one of them; give the --model_config it was trained with")
-    states = torch.load(folder / STATE / "optimizer.pt", map_location=ranks.device, weights_only=True)
     load_optimizer_state_by_name(model, optimizer, states)
-    random_file = folder / STATE / f"random_{ranks.rank}.pt"
-    if random_file.exists():  # another number of ranks: the ones beyond the saved go on with their own
-        restore_random_states(torch.load(random_file, weights_only=True), ranks.device)
+    if own:
+        restore_random_states(randomness, ranks.device)
+    else:  # a rank that the saved run did not have
+        seed_random_generators(
+            int.from_bytes(hashlib.sha256(randomness["torch"].numpy().tobytes() + bytes([ranks.rank])).digest()[:7], "big")
+        )
     return trainer
 
 
-def find_checkpoint(place: str, run_folder: Path) -> Path | None:
-    """The checkpoint that `--continue_from` means: a checkpoint, the newest of a run folder, or `auto` (the newest of this
-    run, None if it has none yet). Raises UserError where there is none."""
-    if place == "auto":
-        return newest_checkpoint(run_folder)
-    folder = Path(place).resolve()
-    if (folder / MANIFEST).is_file() and step_of(folder) >= 0:
+def find_checkpoint(place: str, run_folder: Path, ranks: Ranks) -> Path | None:
+    """The checkpoint that `--continue_from` means, every file of it compared with its manifest; the same on all ranks.
+
+    place: a checkpoint, a run folder (its newest whole checkpoint), or `auto` (the newest whole one of this run, None if it has
+    none yet). Damaged ones that are newer are warned about and passed over. Raises UserError where there is none or none is whole.
+    """
+    found = problem = None
+    if ranks.is_main:
+        try:
+            found = _find(place, run_folder)
+        except UserError as error:
+            problem = str(error)
+    found, problem = ranks.broadcast((found, problem))
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def _find(place: str, run_folder: Path) -> Path | None:
+    folder = run_folder if place == "auto" else Path(place).resolve()
+    if place != "auto" and step_of(folder) >= 0 and folder.is_dir():
+        if problem := damage(folder):
+            raise UserError(f"--continue_from {place}: {problem}; give an older checkpoint")
         return folder
-    newest = newest_checkpoint(folder)
-    if newest is None:
+    problems = []
+    for candidate in sorted(checkpoints_of(folder), key=step_of, reverse=True):
+        problem = damage(candidate)
+        if problem is None:
+            return candidate
+        problems.append(problem)
+        logger.warning(f"{problem}: going back to the checkpoint before")
+    if problems:
+        raise UserError(f"no checkpoint of {folder} is whole: move {folder / 'checkpoints'} away to train from the start")
+    if place != "auto":
         raise UserError(f"--continue_from {place}: no checkpoint there; give a folder checkpoints/model_<step>, a run folder, or auto")
-    return newest
-
-
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The checkpoint with the greatest step in `run_folder`/checkpoints."""
-    return max(checkpoints_of(run_folder), key=step_of, default=None)
+    return None
 
 
 def checkpoints_of(run_folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, in no order; not those that are being written or were set aside."""
-    return [p for p in (run_folder / "checkpoints").glob("model_*") if step_of(p) >= 0 and (p / MANIFEST).is_file()]
+    """The checkpoints of a run, damaged or not, in no order; not those that are being written or deleted or were set aside."""
+    return [p for p in (run_folder / "checkpoints").glob("model_*") if step_of(p) >= 0]
 
 
 def set_aside_newer(run_folder: Path, step: int) -> list[Path]:
@@ -113,22 +117,27 @@ def set_aside_newer(run_folder: Path, step: int) -> list[Path]:
 def step_of(folder: Path) -> int:
     """The number of updates after which a checkpoint was made, -1 for a folder that is named otherwise."""
     digits = folder.name.removeprefix("model_")
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isdecimal() else -1
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest. Raises UserError naming the file that is missing or damaged."""
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: the file that is missing or is not what the manifest says; None for a whole one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read ({error}): continue from an older checkpoint") from error
+        return f"{folder / MANIFEST} cannot be read ({error})"
+    for name in NEEDED:
+        if name not in expected:
+            return f"{folder / MANIFEST} does not list {name}"
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: continue from an older checkpoint")
-        if path.stat().st_size != size or sha256(path) != digest:
-            raise UserError(f"{path} is damaged (its size or SHA-256 is not the manifest's): continue from an older checkpoint")
+        try:
+            if path.stat().st_size != size or sha256(path) != digest:
+                return f"{path} is damaged (its size or SHA-256 is not the manifest's)"
+        except (OSError, ValueError) as error:
+            return f"{path} cannot be read ({error})"
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -181,7 +190,7 @@ def restore_random_states(states: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _unshared(model: nn.Module) -> dict[str, torch.Tensor]:
+def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dictionary with a tied head left out: safetensors stores no tensor twice, and transformers ties it again."""
     seen: set[int] = set()
     tensors = {}
@@ -202,26 +211,3 @@ def _check_config(folder: Path, model: nn.Module) -> None:
                 f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now.get(key)}: "
                 "give the --model_config it was trained with, or leave --continue_from out"
             )
-
-
-def _finish(building: Path, folder: Path) -> None:
-    """Write the manifest, bring every file to the disk, and only then give the checkpoint its name."""
-    files = sorted(p for p in building.rglob("*") if p.is_file())
-    manifest = {p.relative_to(building).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")
-    for path in (*files, building / MANIFEST, building / STATE, building):
-        _sync(path)
-    previous = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        folder.rename(previous)
-    building.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

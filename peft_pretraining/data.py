@@ -6,19 +6,24 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.rows import RowOrder, Rows, cached_rows, tokenize_rows
-from peft_pretraining.sources import Source, Split, cache_folder, open_source, split_documents
+from peft_pretraining.order import RowOrder
+from peft_pretraining.prepared import FORMAT, INDEX, Prepared, is_prepared, open_prepared, prepare
+from peft_pretraining.rows import Rows, tokenize_rows
+from peft_pretraining.sources import Source, Split, cache_folder, empty_split_error, open_source, split_documents
 from peft_pretraining.stream import LanePosition, StreamedRows, stream_batches
 from peft_pretraining.tokenization import Tokenizer, load_tokenizer
 
 Batch = dict[str, torch.Tensor]
+DEFAULT_TOKENIZER = "t5-base"
+WORTH_PROCESSES = 50_000_000  # bytes: a fast tokenizer makes them ids in a quarter of a minute, four times what processes take to start
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Data:
 
 def load_data(
     dataset: str,
-    tokenizer: str,
+    tokenizer: str | None,
     vocab_size: int,
     max_length: int,
     seed: int,
@@ -46,63 +51,122 @@ def load_data(
     validation_file: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     stream: bool = False,
+    packing: bool = False,
     first: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Data:
-    """Opens a source, its tokenizer and its rows, making and caching what is not there yet.
+    """Opens a source, its tokenizer and its rows, making and caching what is not there yet; or a folder of prepared data.
 
-    `max_length` is in tokens; `target_eval_tokens` bounds the validation set (None: all of it). With `stream`
-    training documents are read while training, as C4's always are. `first` gives a context in which rank 0 runs before the other
-    ranks, who then find the caches. Raises UserError for everything that the user can put right.
+    `tokenizer` None is the one of the prepared folder, else `DEFAULT_TOKENIZER`; `max_length` is in tokens; `target_eval_tokens` bounds
+    the validation set (None: all of it). With `stream` training documents are read while training, as C4's always are; `packing` gives
+    rows without padding, in training and validation. `first` gives a context in which rank 0 runs before the other ranks, who then
+    find the caches. Raises UserError for everything that the user can put right.
     """
     if max_length < 2:
         raise UserError(f"--max_length {max_length} leaves no token to predict; give 2 or more.")
     if seed < 0:
         raise UserError(f"--seed {seed} is negative; give 0 or more.")
+    folder = Path(dataset).expanduser()
+    if is_prepared(folder):
+        if validation_file is not None:
+            raise UserError(f"{folder} was prepared with its own validation set: give --validation_file to the prepare command instead.")
+        prepared = open_prepared(folder)
+        tokens = _tokenizer_of(prepared, tokenizer, vocab_size)
+        return _prepared_data(prepared, tokens, max_length, target_eval_tokens, packing)
     cache = cache_folder(cache_dir)
     with first():
-        source = open_source(dataset, seed, cache)
-        split = split_documents(source, validation_file)
-        stamp = [source.stamp, split.rule, split.stamp]
-        sample = split.train
-        if source.streamed and tokenizer == "bpe":  # in an order without a seed: runs with different seeds need the same tokenizer
-            sample = split_documents(open_source(dataset, None, cache), validation_file).train
-        tokens = load_tokenizer(tokenizer, vocab_size, sample, cache, _hash(stamp))
+        source, split, tokens = open_documents(dataset, tokenizer, vocab_size, seed, validation_file, cache)
         streamed = source.streamed or stream
         if not streamed:
-            rows = cached_rows({"train": split.train, "validation": split.validation}, stamp, tokens, max_length, cache)
-            train, validation = rows["train"], rows["validation"].head(target_eval_tokens)
-    if streamed:  # outside `first`: the ranks share no cache here, so none has to wait for another
-        train = StreamedRows(split.train, tokens, max_length)
-        validation = tokenize_rows(split.validation, tokens, max_length, target_eval_tokens)
-    _check_not_empty(source, split, train, validation)
-    fingerprint = _hash([source.signature, split.rule, tokens.content_hash, max_length])
-    return Data(tokens, train, validation, fingerprint, _describe(source, split, train, validation, tokens))
+            prepared = _cached(source, split, tokens, cache)
+    if not streamed:
+        return _prepared_data(prepared, tokens, max_length, target_eval_tokens, packing)
+    # Outside `first`: the ranks share no cache here, so none has to wait for another.
+    train = StreamedRows(split.train, tokens, max_length, packing)
+    validation = tokenize_rows(split.validation, tokens, max_length, target_eval_tokens, packing)
+    if len(validation) == 0:
+        raise empty_split_error("validation", source.name, split.rule)
+    fingerprint = _hash([source.signature, split.rule, tokens.content_hash, max_length, packing])
+    return Data(tokens, train, validation, fingerprint, _describe(source.name, split.rule, train, validation, tokens))
+
+
+def open_documents(
+    dataset: str, tokenizer: str | None, vocab_size: int, seed: int, validation_file: str | None, cache: Path
+) -> tuple[Source, Split, Tokenizer]:
+    """The source that `dataset` names, its two sets of documents and the tokenizer, which may have to be trained on them."""
+    name = tokenizer or DEFAULT_TOKENIZER
+    source = open_source(dataset, seed, cache)
+    split = split_documents(source, validation_file)
+    sample = split.train
+    if source.streamed and name == "bpe":  # in an order without a seed: runs with different seeds need the same tokenizer
+        sample = split_documents(open_source(dataset, None, cache), validation_file).train
+    return source, split, load_tokenizer(name, vocab_size, sample, cache, _hash(_stamp(source, split)))
+
+
+def tokenizing_processes(source: Source) -> int:
+    """As many as there are cores, unless the source is so small that starting them takes longer than it saves."""
+    size = sum(file[1] for file in source.stamp)
+    return os.cpu_count() or 1 if source.streamed or size > WORTH_PROCESSES else 1
+
+
+def _cached(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -> Prepared:
+    """The documents of a local source as prepared data in the cache, which is made or finished where it is not."""
+    key = [FORMAT, _stamp(source, split), tokenizer.content_hash, tokenizer.vocab_size]
+    folder = cache / "prepared" / _hash(key)
+    if not (folder / INDEX).exists():
+        prepare(source, split, tokenizer, folder, processes=tokenizing_processes(source))
+    return open_prepared(folder, remedy=f"delete {folder} and start again")
+
+
+def _tokenizer_of(prepared: Prepared, name: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a prepared folder; UserError where `name` (None: not given) is another."""
+    tokenizer = prepared.tokenizer(vocab_size)
+    stored = prepared.index["tokenizer"]
+    if name is None or name == stored["name"] == "bpe":  # a BPE of a corpus cannot be named otherwise
+        return tokenizer
+    if name == "bpe" or load_tokenizer(name, stored["vocab_size"], (), prepared.folder, "").content_hash != tokenizer.content_hash:
+        raise UserError(
+            f"{prepared.folder} was prepared with the tokenizer {stored['name']}, not with --tokenizer {name}; "
+            "leave --tokenizer out, or prepare the data anew with it."
+        )
+    return tokenizer
+
+
+def _prepared_data(prepared: Prepared, tokenizer: Tokenizer, max_length: int, target_eval_tokens: int | None, packing: bool) -> Data:
+    index = prepared.index
+    train, validation = (prepared.rows(name, max_length, packing) for name in ("train", "validation"))
+    for name, rows in (("training", train), ("validation", validation)):
+        if len(rows) == 0:  # a prepared set holds a document, but packed rows are whole
+            longest = max(len(shard.tokens) for shard in rows.shards)
+            raise UserError(
+                f"The {name} set of {index['source']} has {longest:,} tokens: too few for --packing; give a --max_length up to that."
+            )
+    validation = validation.head(target_eval_tokens)
+    content = [index["signature"], index["split_rule"], tokenizer.content_hash, max_length, packing]
+    if index["max_tokens"] is not None or index["seed"] is not None:  # which part of the source it is
+        content.append([index["max_tokens"], index["seed"]])
+    return Data(tokenizer, train, validation, _hash(content), _describe(index["source"], index["split_rule"], train, validation, tokenizer))
+
+
+def _stamp(source: Source, split: Split) -> list:
+    return [source.stamp, split.rule, split.stamp]
 
 
 def _hash(content: object) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
 
 
-def _check_not_empty(source: Source, split: Split, train: Rows | StreamedRows, validation: Rows) -> None:
-    empty = "training" if isinstance(train, Rows) and len(train) == 0 else "validation" if len(validation) == 0 else None
-    if empty is None:
-        return
-    if split.rule[0] == "hash":
-        share = f"{split.rule[1]:.0%} of its documents"
-        raise UserError(f"{source.name} is too small to hold out {share}: the {empty} set is empty; give `--validation_file FILE`.")
-    if empty == "training":
-        raise UserError(f"Every training document of {source.name} is in the validation set too; give another `--validation_file`.")
-    raise UserError(f"The tokenizer makes nothing of the validation set of {source.name}; give another `--validation_file`.")
-
-
-def _describe(source: Source, split: Split, train: Rows | StreamedRows, validation: Rows, tokenizer: Tokenizer) -> str:
+def _describe(name: str, rule: Sequence, train: Rows | StreamedRows, validation: Rows, tokenizer: Tokenizer) -> str:
     amount = "streamed"
     if isinstance(train, Rows):
         entropy = f"unigram entropy {train.unigram_entropy():.3f} nats"
-        amount = f"{len(train):,} documents, {int(train.lengths.sum()):,} tokens a pass, {entropy}"
-    origin = {"hash": "held out by hash", "own": "its own split", "file": "from a file"}[split.rule[0]]
-    held_out = f"{len(validation):,} documents, {validation.target_tokens:,} target tokens, {origin}"
-    return f"{source.name}, {amount}; validation: {held_out}; tokenizer {tokenizer.name}"
+        amount = f"{_size(train)}, {int(train.lengths.sum()):,} tokens a pass, {entropy}"
+    origin = {"hash": "held out by hash", "own": "its own split", "file": "from a file"}[rule[0]]
+    held_out = f"{_size(validation)}, {validation.target_tokens:,} target tokens, {origin}"
+    return f"{name}, {amount}; validation: {held_out}; tokenizer {tokenizer.name}"
+
+
+def _size(rows: Rows) -> str:
+    return f"{len(rows):,} packed rows" if rows.packing else f"{len(rows):,} documents"
 
 
 # -------------------------------------------------------------------------------------------------------------------- batches

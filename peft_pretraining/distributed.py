@@ -41,7 +41,7 @@ class Ranks:
         return values
 
     def gather(self, thing: object) -> list | None:
-        """What each rank passed, in the order of the ranks: on rank 0 only, None on the others. For small things that can be pickled."""
+        """What each rank passed, in the order of the ranks: on rank 0 only, None on the others. For small things without tensors."""
         if self.world_size == 1:
             return [thing]
         things = [None] * self.world_size if self.is_main else None
@@ -49,7 +49,7 @@ class Ranks:
         return things
 
     def broadcast(self, thing: object) -> object:
-        """What rank 0 passed. For small things that can be pickled."""
+        """What rank 0 passed. For small things without tensors."""
         if self.world_size == 1:
             return thing
         things = [thing]

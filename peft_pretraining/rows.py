@@ -1,46 +1,69 @@
-"""Rows: one document each, cut or filled up to `max_length` ids, and the order in which a run sees them."""
+"""Rows: what a model sees at once. One document each, cut or filled up to `max_length` ids; or, packed, windows of joined documents."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
+import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from peft_pretraining.errors import UserError
+from peft_pretraining.encoding import text_batches
 from peft_pretraining.tokenization import Tokenizer
 
-ROWS_FORMAT = 1  # raise it when what is stored changes
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Tokenised documents.
+
+    `tokens` holds them whole and one after another, each ending in the end-of-sequence id (integers [all tokens]); document i is
+    `tokens[offsets[i]:offsets[i + 1]]` (offsets: int64 [documents + 1]).
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens [start, stop)."""
+        return self.tokens[start:stop]
 
 
 @dataclass(frozen=True)
 class Rows:
     """Tokenised documents, read by index.
 
-    `tokens` holds whole documents one after another, each ending in `eos_id` (uint16 or int32 [all tokens], often memory-mapped);
-    document i is `tokens[offsets[i]:offsets[i + 1]]` (offsets: int64 [documents + 1]). Row i is document i, cut to `max_length`.
+    Row i is document i, cut to `max_length`, its last id then replaced by `eos_id`. With `packing` it is the i-th window of
+    `max_length` tokens of the documents joined one after another; windows lie within a shard, whose last incomplete one is left out.
+    `most` bounds the number of rows.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
+    shards: tuple[Shard, ...]
     max_length: int
     pad_id: int
     eos_id: int
+    packing: bool = False
+    most: int | None = None
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        whole = int(self._first_rows[-1])
+        return whole if self.most is None else min(whole, self.most)
+
+    @functools.cached_property
+    def _first_rows(self) -> np.ndarray:
+        """The index of each shard's first row, and the number of all rows: int64 [shards + 1]."""
+        counts = [len(shard.tokens) // self.max_length if self.packing else len(shard.offsets) - 1 for shard in self.shards]
+        return np.cumsum([0, *counts])
 
     @property
     def lengths(self) -> np.ndarray:
         """Ids of each row that are not padding, the end-of-sequence id included: int64 [rows]."""
-        return np.minimum(np.diff(self.offsets), self.max_length)
+        if self.packing:
+            return np.full(len(self), self.max_length)
+        documents = np.concatenate([np.empty(0, np.int64), *(np.diff(shard.offsets) for shard in self.shards)])
+        return np.minimum(documents[: len(self)], self.max_length)
 
     @property
     def target_tokens(self) -> int:
@@ -50,151 +73,85 @@ class Rows:
     def unigram_entropy(self) -> float:
         """Entropy of the ids' frequencies, in nats, over at most 20 million of them: the loss of a model that knows only how often
         each token occurs, which a model that has learnt anything of the text is well below."""
-        counts = np.bincount(self.tokens[:20_000_000])
+        counts = np.bincount(np.concatenate(list(self._first_tokens(20_000_000))))
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
+
+    def _first_tokens(self, most: int) -> Iterator[np.ndarray]:
+        for shard in self.shards:
+            part = shard.read(0, min(most, len(shard.tokens)))
+            yield part
+            most -= len(part)
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows of these indices as `input_ids` and `labels`, both int64 [batch, max_length].
 
-        Labels equal the ids and are -100 at padding; they are not shifted (the model does that).
+        Labels equal the ids and are -100 at padding; they are not shifted (the model does that). Raises UserError for damaged data.
         """
-        starts = self.offsets[indices]
-        lengths = np.minimum(self.offsets[np.asarray(indices) + 1] - starts, self.max_length)
-        columns = np.arange(self.max_length)
-        real = columns < lengths[:, None]  # [batch, max_length]
-        # Padding reads the row's last id, which is always there, and is overwritten.
-        ids = self.tokens[starts[:, None] + np.minimum(columns, lengths[:, None] - 1)].astype(np.int64)
+        shards = np.searchsorted(self._first_rows, indices, side="right") - 1
+        within = np.asarray(indices) - self._first_rows[shards]
+        ids = np.full((len(within), self.max_length), self.pad_id, np.int64)
+        lengths = np.empty(len(within), np.int64)
+        # A loop, because each row lies elsewhere and what it touches is checked: about 3 microseconds a row.
+        for row, (shard, i) in enumerate(zip(shards.tolist(), within.tolist(), strict=True)):
+            tokens = self._read(self.shards[shard], i)
+            ids[row, : len(tokens)] = tokens
+            lengths[row] = len(tokens)
+        if self.packing:
+            return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(ids.copy())}
         ids[np.arange(len(ids)), lengths - 1] = self.eos_id  # the end of a document that was cut
-        labels = np.where(real, ids, IGNORED)
-        ids[~real] = self.pad_id
+        # What is padding follows from lengths: the filler may be an id that documents hold too.
+        labels = np.where(np.arange(self.max_length) < lengths[:, None], ids, IGNORED)
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+
+    def _read(self, shard: Shard, i: int) -> np.ndarray:
+        if self.packing:
+            return shard.read(i * self.max_length, (i + 1) * self.max_length)
+        start, stop = shard.offsets[i : i + 2].tolist()
+        return shard.read(start, min(stop, start + self.max_length))
 
     def head(self, target_tokens: int | None) -> Rows:
         """The fewest first rows that hold `target_tokens` targets; all of them for None or where they hold fewer."""
         if target_tokens is None:
             return self
         reached = np.cumsum(self.lengths - 1)
-        count = min(int(np.searchsorted(reached, target_tokens)) + 1, len(self))
-        return Rows(self.tokens, self.offsets[: count + 1], self.max_length, self.pad_id, self.eos_id)
+        return replace(self, most=min(int(np.searchsorted(reached, target_tokens)) + 1, len(self)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------------------------------ in memory
 
 
-class RowOrder:
-    """The endless order of `n` rows: epoch after epoch, each a fresh permutation that depends on the seed and the epoch alone."""
-
-    def __init__(self, seed: int, n: int):
-        self.seed, self.n = seed, n
-        self._permutations: dict[int, np.ndarray] = {}
-
-    def indices(self, start: int, stop: int) -> np.ndarray:
-        """The rows at the positions [start, stop): int64 [stop - start]."""
-        epochs = range(start // self.n, (stop - 1) // self.n + 1)
-        # Kept for the next call are only the epochs that this call touched.
-        self._permutations = {epoch: self._permutation(epoch) for epoch in epochs}
-        whole = np.concatenate(list(self._permutations.values())) if len(epochs) > 1 else self._permutations[epochs[0]]
-        first = epochs[0] * self.n
-        return whole[start - first : stop - first]
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch in self._permutations:
-            return self._permutations[epoch]
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n)
-
-
-# -------------------------------------------------------------------------------------------------------------------- storing
-
-
-def tokenize_rows(documents: Iterable[str], tokenizer: Tokenizer, max_length: int, target_tokens: int | None = None) -> Rows:
+def tokenize_rows(
+    documents: Iterable[str], tokenizer: Tokenizer, max_length: int, target_tokens: int | None = None, packing: bool = False
+) -> Rows:
     """Tokenises documents into memory, until `target_tokens` targets are reached (None: all)."""
-    parts, counts, reached = [], [], 0
-    for tokens, lengths in _encoded(documents, tokenizer):
-        parts.append(tokens.astype(_dtype(tokenizer)))
+    parts, counts, total, reached = [], [], 0, 0
+    for texts in text_batches(documents):
+        tokens, lengths = _without_empty(*tokenizer.encode(texts))
+        parts.append(tokens.astype(token_dtype(tokenizer.vocab_size)))
         counts.append(lengths)
-        reached += int(np.minimum(lengths, max_length).sum()) - len(lengths)
+        total += len(tokens)
+        reached += int((np.minimum(lengths, max_length) - 1).sum())
+        if packing:
+            reached = total // max_length * (max_length - 1)
         if target_tokens is not None and reached >= target_tokens:
             break
-    tokens = np.concatenate(parts) if parts else np.empty(0, _dtype(tokenizer))
-    offsets = _offsets(np.concatenate(counts) if counts else np.empty(0, np.int64))
-    return Rows(tokens, offsets, max_length, tokenizer.pad_id, tokenizer.eos_id).head(target_tokens)
+    tokens = np.concatenate([np.empty(0, np.uint16), *parts])
+    shard = Shard(tokens, offsets_of(np.concatenate([np.empty(0, np.int64), *counts])))
+    return Rows((shard,), max_length, tokenizer.pad_id, tokenizer.eos_id, packing).head(target_tokens)
 
 
-def cached_rows(parts: dict[str, Iterable[str]], key: object, tokenizer: Tokenizer, max_length: int, cache: Path) -> dict[str, Rows]:
-    """Rows of each named set of documents, tokenised once and then memory-mapped from a folder of `cache`.
-
-    `key` (anything JSON can write) must identify the documents; the tokenizer and the format are added to it.
-    Raises UserError for a set without a document and for a damaged cache.
-    """
-    whole_key = [ROWS_FORMAT, key, tokenizer.content_hash, tokenizer.vocab_size]
-    folder = cache / "rows" / hashlib.blake2b(json.dumps(whole_key).encode(), digest_size=12).hexdigest()
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            whole = Path(temporary) / "whole"
-            whole.mkdir()
-            for name, documents in parts.items():
-                _write(documents, name, tokenizer, whole)
-            try:
-                os.rename(whole, folder)
-            except OSError:
-                if not folder.is_dir():  # another process may have been first; its rows are the same
-                    raise
-    return {name: _read(folder, name, tokenizer, max_length) for name in parts}
+def _without_empty(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Encoded documents without those that the tokenizer makes nothing of: only their end is left."""
+    kept = lengths > 1
+    return tokens[np.repeat(kept, lengths)], lengths[kept]
 
 
-def _write(documents: Iterable[str], name: str, tokenizer: Tokenizer, folder: Path) -> None:
-    from loguru import logger
-    from tqdm import tqdm
-
-    counts = []
-    logger.info(f"Tokenising the {name} documents (once)")
-    bar = tqdm(desc=f"tokenising {name}", unit=" tokens", unit_scale=True, disable=None)  # None: silent without a terminal
-    with open(folder / f"{name}.tokens", "wb") as file, bar:
-        for tokens, lengths in _encoded(documents, tokenizer):
-            tokens.astype(_dtype(tokenizer)).tofile(file)
-            counts.append(lengths)
-            bar.update(len(tokens))
-    np.save(folder / f"{name}.offsets.npy", _offsets(np.concatenate(counts) if counts else np.empty(0, np.int64)))
-
-
-def _read(folder: Path, name: str, tokenizer: Tokenizer, max_length: int) -> Rows:
-    path = folder / f"{name}.tokens"
-    try:
-        offsets = np.load(folder / f"{name}.offsets.npy")
-        tokens = np.memmap(path, _dtype(tokenizer), "r") if path.stat().st_size else np.empty(0, _dtype(tokenizer))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"The cached rows in {folder} are damaged ({error}); delete that folder and start again.") from error
-    if offsets[-1] != len(tokens):
-        raise UserError(f"The cached rows in {folder} are damaged ({path.name} is not whole); delete that folder and start again.")
-    return Rows(tokens, offsets, max_length, tokenizer.pad_id, tokenizer.eos_id)
-
-
-def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of encoded documents; a document that the tokenizer makes nothing of (only its end is left) is dropped."""
-    for texts in _text_batches(documents):
-        tokens, lengths = tokenizer.encode(texts)
-        kept = lengths > 1
-        yield tokens[np.repeat(kept, lengths)], lengths[kept]
-
-
-def _text_batches(documents: Iterable[str], most: int = 1000, characters: int = 4_000_000) -> Iterator[list[str]]:
-    """Lists of documents, bounded by number and by size: a thousand books at once would not fit in memory."""
-    texts, size = [], 0
-    for text in documents:
-        texts.append(text)
-        size += len(text)
-        if len(texts) == most or size >= characters:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Where documents of these lengths begin, and where the last one ends: int64 [documents + 1]."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _dtype(tokenizer: Tokenizer) -> type[np.integer]:
-    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that tokens are kept in, little-endian on every machine."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")

@@ -48,14 +48,14 @@ class RunLog:
     """The run folder's records, kept by rank 0; on other ranks every call does nothing.
 
     Args:
-        folder: the run folder, see `make_run_folder`.
+        folder: the run folder, which is there (`run_lock`).
         description: what goes into run.json beside versions, device and commit: name, arguments, model_config, parameters.
         wandb_name, tags: of the W&B run.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, description: dict, wandb_name: str, tags: list[str]):
         self.folder, self.enabled = folder, ranks.is_main
-        self._bar, self._wandb = None, None
+        self._bar, self._wandb, self._lost_records = None, None, False
         if not self.enabled:
             return
         self.description = description | _surroundings(ranks)
@@ -76,7 +76,7 @@ class RunLog:
         """A logged step or an evaluation: a line of metrics.jsonl, W&B, and the bar."""
         if not self.enabled:
             return
-        append_json(self.folder / METRICS, [record])
+        self._append(METRICS, [record])
         if self._wandb is not None:
             self._wandb.log(record)
         if self._bar is not None and "loss" in record:
@@ -86,7 +86,7 @@ class RunLog:
         """New rows of `AlphaDecay.history`: lines of modules.jsonl, and alpha and decay of each module in W&B."""
         if not (self.enabled and records):
             return
-        append_json(self.folder / MODULES, records)
+        self._append(MODULES, records)
         if self._wandb is not None:
             values = {f"{what}/{r['module']}": r[what] for r in records for what in ("alpha", "weight_decay") if r[what] is not None}
             self._wandb.log(values | {"update_step": records[0]["step"]})
@@ -105,30 +105,39 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _append(self, name: str, records: list[dict]) -> None:
+        try:
+            append_json(self.folder / name, records)
+        except OSError as error:  # a full disk ends no training; --on_save_error says what it means for checkpoints
+            if not self._lost_records:
+                logger.warning(f"{self.folder / name} cannot be written ({error.strerror}): lines of it are lost until there is room again")
+            self._lost_records = True
+
     def _write_description(self) -> None:
         temporary = self.folder / (RUN + ".tmp")
         temporary.write_text(json.dumps(self.description, indent=2, default=str) + "\n", encoding="utf8")
         temporary.replace(self.folder / RUN)
 
 
-def make_run_folder(folder: Path, fresh: bool) -> None:
-    """Make the run folder. fresh: begin a new run, so it must not hold one yet. Raises UserError where it cannot be used."""
-    if fresh and (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
+def refuse_to_mix(folder: Path) -> None:
+    """For a run that begins: raises UserError where its folder holds the records of another."""
+    if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
         raise UserError(f"{folder} already holds a run: go on with it by --continue_from auto, or give another --save_dir or --name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        append_json(folder / METRICS, [])
-    except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be written ({error.strerror}): give another --save_dir") from error
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path, patience: float = 15.0) -> Iterator[None]:
-    """Hold the run folder for this process. Raises UserError where another one holds it: two runs in one folder would mix.
+    """Make the run folder and hold it for this process. Raises UserError where it cannot be written, or where another process holds it:
+    two runs in one folder would mix.
 
     patience: seconds to wait for one that is about to end (torchrun may restart a run before its killed processes are gone).
     """
-    with open(folder / LOCK, "a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be written ({error.strerror}): give another --save_dir") from error
+    with file:
         deadline = time.monotonic() + patience
         while not _locked(file):
             if time.monotonic() > deadline:

@@ -24,7 +24,7 @@ import sysconfig
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -561,3 +561,13 @@ def split_documents(source: Source, validation_file: str | None = None, share: f
         return Split(source.train, source.validation, ("own",))  # C4's published split, as it is
     digests = frozenset(map(digest, source.validation))
     return Split(Filtered(source.train, functools.partial(_not_among, digests=digests)), source.validation, ("own",))
+
+
+def empty_split_error(empty: str, name: str, rule: Sequence) -> UserError:
+    """What to say where the `training` or `validation` set of the source of that name, parted by that rule, holds nothing."""
+    if rule[0] == "hash":
+        share = f"{rule[1]:.0%} of its documents"
+        return UserError(f"{name} is too small to hold out {share}: the {empty} set is empty; give `--validation_file FILE`.")
+    if empty == "training":
+        return UserError(f"Every training document of {name} is in the validation set too; give another `--validation_file`.")
+    return UserError(f"The tokenizer makes nothing of the validation set of {name}; give another `--validation_file`.")

@@ -19,7 +19,7 @@ import torch
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.loading import loaded
-from peft_pretraining.rows import Rows
+from peft_pretraining.rows import Rows, Shard, offsets_of
 from peft_pretraining.shards import Shards, read_patiently
 from peft_pretraining.tokenization import Tokenizer
 
@@ -139,8 +139,8 @@ class StreamedRows:
             ids = torch.from_numpy(np.stack(rows))
             return {"input_ids": ids, "labels": ids}
         tokens, lengths = self.tokenizer.encode(rows)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Rows(tokens, offsets, self.max_length, self.tokenizer.pad_id, self.tokenizer.eos_id).batch(np.arange(len(rows)))
+        shard = Shard(tokens, offsets_of(lengths))
+        return Rows((shard,), self.max_length, self.tokenizer.pad_id, self.tokenizer.eos_id).batch(np.arange(len(rows)))
 
 
 def _with_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:

@@ -49,21 +49,33 @@ class Tokenizer:
         Returns the ids of all documents one after another (int32 [sum of lengths]) and the documents' lengths (int64 [documents]).
         Raises UserError for an id that the model has no embedding for.
         """
-        encodings = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
-        documents = [encoding.ids for encoding in encodings]
-        for ids in documents:
-            ids.append(self.eos_id)
-        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-        tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int32, int(lengths.sum()))
+        tokens, lengths = encode_documents(self.encoder, self.eos_id, texts)
+        return self.check(tokens), lengths
+
+    def check(self, tokens: np.ndarray) -> np.ndarray:
+        """The ids themselves. Raises UserError where the model has no embedding for one."""
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise self._out_of_vocabulary(int(tokens.max()))
-        return tokens, lengths
+        return tokens
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.encoder.encode_special_tokens = True  # which pickling forgets
 
     def _out_of_vocabulary(self, token: int) -> UserError:
         return UserError(
             f"Tokenizer {self.name} gives the id {token} but the model's vocab_size is {self.vocab_size}; "
             f"type `--tokenizer bpe`, or a model config with a vocab_size of {max(token + 1, len(self.hf))} or more."
         )
+
+
+def encode_documents(encoder: tokenizers.Tokenizer, eos_id: int, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """What `Tokenizer.encode` returns, unchecked: for processes that have no more of a tokenizer than its encoder."""
+    documents = [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+    for ids in documents:
+        ids.append(eos_id)
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    return np.fromiter(itertools.chain.from_iterable(documents), np.int32, int(lengths.sum())), lengths
 
 
 def load_tokenizer(name: str, vocab_size: int, documents: Iterable[str], cache_dir: Path, fingerprint: str) -> Tokenizer:
@@ -99,8 +111,6 @@ def plain_encoder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     `encode_special_tokens` does not suffice for Unigram models (T5): their vocabulary holds the special tokens as ordinary pieces,
     which the model then finds in the text (sentencepiece itself would not). There the pieces get names that no text has.
     """
-    import tokenizers
-
     state = json.loads(backend.to_str())
     state.update(post_processor=None, truncation=None, padding=None)
     if state["model"]["type"] == "Unigram":
@@ -108,7 +118,14 @@ def plain_encoder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         vocabulary = enumerate(state["model"]["vocab"])
         state["model"]["vocab"] = [[f"\0 special {i}" if piece in special else piece, score] for i, (piece, score) in vocabulary]
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
-    encoder = tokenizers.Tokenizer.from_str(json.dumps(state))
+    return encoder_from_state(json.dumps(state))
+
+
+def encoder_from_state(state: str) -> tokenizers.Tokenizer:
+    """An encoder from its `to_str()`, which leaves out that it is to read no special token in the text."""
+    import tokenizers
+
+    encoder = tokenizers.Tokenizer.from_str(state)
     encoder.encode_special_tokens = True
     return encoder
 

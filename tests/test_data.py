@@ -11,6 +11,7 @@ import torch
 from peft_pretraining import sources
 from peft_pretraining.data import load_data, merge_positions, training_batches, validation_batches
 from peft_pretraining.errors import UserError
+from peft_pretraining.order import RowOrder
 
 LENGTH, TOTAL, STEPS = 12, 8, 5  # 40 positions over 30 documents: a second pass begins in step 3
 TEXTS = [" ".join(f"w{i * j % 19}" for j in range(1 + i % 9)) + f" no {i}" for i in range(30)]
@@ -51,15 +52,14 @@ def plain_row(tokenizer, text):
 
 
 def plain_order(kind, data):
-    """The text at every position, by the definition and nothing shared with the code."""
+    """The text at every position, by the definition and nothing shared with the code but the order, which has a twin in test_order.py."""
     import numpy as np
 
     if kind == "stream":  # three shards and global batches of 8: two lanes of 4 rows each, which have 20 and 10 documents
         shards = np.random.Generator(np.random.PCG64(1)).permutation(3)
         first, second = ([text for shard in shards[lane::2] for text in TEXTS[shard * 10 : shard * 10 + 10]] * 2 for lane in (0, 1))
         return [text for start in range(0, 20, 4) for lane in (first, second) for text in lane[start : start + 4]]
-    epochs = [np.random.Generator(np.random.PCG64([1, epoch])).permutation(30) for epoch in range(2)]
-    return [TEXTS[i] for epoch in epochs for i in epoch]
+    return [TEXTS[i] for i in RowOrder(1, 30).indices(0, 60)]
 
 
 def run(data, steps, batch_size, world_size, workers=0, position=None):
@@ -104,6 +104,12 @@ def test_rows_go_on_at_the_same_row_with_another_batch_size(folder):
     step = next(training_batches(data.train, seed=1, position=None, total_batch_size=12, batch_size=12, rank=0, world_size=1))
     assert step.position == {"rows": 12}
     assert run(data, 2, 8, 1, position=step.position)[0] == run(data, 4, 8, 1)[0][12:28]
+
+
+def test_a_position_of_a_stream_is_not_one_of_rows(folder):
+    _, positions = run(load(folder, "stream"), 1, 8, 1)
+    with pytest.raises(UserError, match="is one of a stream; give the --dataset it was trained with, and --stream"):
+        run(load(folder, "rows"), 1, 8, 1, position=positions[0])
 
 
 def test_max_passes_ends_rows_before_a_row_comes_once_more(folder):
@@ -207,7 +213,7 @@ def test_bpe_of_a_stream_does_not_depend_on_the_seed(folder, tmp_path, monkeypat
 
 
 def test_cache_is_made_inside_first(folder, tmp_path, monkeypatch):
-    from peft_pretraining import rows, tokenization
+    from peft_pretraining import prepared, tokenization
 
     inside = []
 
@@ -217,11 +223,11 @@ def test_cache_is_made_inside_first(folder, tmp_path, monkeypatch):
         yield
         inside.clear()
 
-    for module, name in ((tokenization, "train_bpe"), (rows, "_write")):
+    for module, name in ((tokenization, "train_bpe"), (prepared, "_write")):
         made = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *arguments, made=made: made(*arguments) if inside else pytest.fail("outside"))
     load(folder, "rows", cache_dir=tmp_path, first=first)
-    assert not inside and len(list((tmp_path / "rows").iterdir())) == 1
+    assert not inside and len(list((tmp_path / "prepared").iterdir())) == 1
 
 
 def test_pydocs_end_to_end(tmp_path, monkeypatch):

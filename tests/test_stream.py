@@ -135,7 +135,7 @@ def simulated_workers(monkeypatch):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
-    "sizes, total, lanes", [([9] * 10, 16, 8), ([40], 16, 1), ([5, 6, 7], 16, 2), ([3] * 9, 9, 9), ([4] * 70, 192, 64)]
+    "sizes, total, lanes", [([9] * 10, 16, 8), ([40], 16, 1), ([5, 6, 7], 16, 2), ([3] * 9, 9, 9), ([4] * 70, 192, 64), ([9] * 70, 130, 26)]
 )
 def test_global_batches_are_those_of_a_plain_loop(packing, sizes, total, lanes):
     rows = StreamedRows(Lists(texts(sizes)), Letters(), LENGTH, packing)
@@ -170,6 +170,21 @@ def test_resumed_at_every_step(packing, world_size):
     for done, position in enumerate(positions, 1):
         assert position["rows"] == done * TOTAL
         assert run(rows, 3, 17 - world_size, position=position)[0] == expected[done * TOTAL : (done + 3) * TOTAL]
+
+
+def not_dull(text):
+    return not text.endswith("c")
+
+
+def test_what_is_filtered_out_does_not_move_the_position():
+    kept = [list(filter(not_dull, texts)) for texts in FEW]
+    assert 0 < sum(map(len, kept)) < sum(map(len, FEW))
+    rows = StreamedRows(Filtered(Lists(FEW), not_dull), Letters(), LENGTH)
+    expected = plain_rows(kept, 8, False, 10)
+    found, positions = run(rows, 10)
+    assert found == expected
+    for done, position in enumerate(positions[:-1], 1):
+        assert run(rows, 1, position=position)[0] == expected[done * TOTAL : (done + 1) * TOTAL]
 
 
 def test_resumed_with_another_batch_size_that_makes_as_many_lanes():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,11 @@ def test_t5_reads_special_tokens_as_text(tmp_path):
         assert ids[-1] == 1 and not special & set(ids[:-1])
         pieces = tokenizer.hf.convert_ids_to_tokens(ids[:-1])
         assert "".join(pieces).replace("▁", " ").replace("<unk>", "<").strip() == text  # T5 has no piece for "<"
+
+
+def test_a_pickled_tokenizer_reads_no_special_token_in_the_text_either(tmp_path):
+    """As a process gets it that encodes a stream: the library's own pickling forgets that it shall not."""
+    tokenizer = bpe(tmp_path)
+    expected = documents_of(tokenizer, LITERALS)
+    assert all(tokenizer.eos_id not in ids[:-1] for ids in expected)
+    assert documents_of(pickle.loads(pickle.dumps(tokenizer)), LITERALS) == expected

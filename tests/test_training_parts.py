@@ -140,7 +140,7 @@ def test_defaults_are_the_published_settings(monkeypatch):
     expected = dict(
         optimizer="adam", lr=1e-3, weight_decay=1e-5, total_batch_size=512, batch_size=256, gradient_accumulation=1, max_length=256,
         num_training_steps=10_000, warmup_steps=1_000, scheduler="cosine", min_lr_ratio=0.1, dtype="bfloat16", grad_clipping=0.0,
-        dataset="c4", tokenizer="t5-base", seed=5, unbalancedWD_every=500, esd_metric_for_tb="alpha", assign_func="tb_linear_map",
+        dataset="c4", tokenizer=None, packing=False, seed=5, unbalancedWD_every=500, esd_metric_for_tb="alpha", assign_func="tb_linear_map",
         wd_min_ratio=0.6666, wd_max_ratio=3.0, pl_fitting="median", xmin_pos=2.0, filter_zeros=False, remove_first_layer=True,
         remove_last_layer=True, batchnorm=True, batchnorm_type="name", balance_scope="reference", use_modulewise_wd=False,
         alpha_positively_with_WD=False, use_AWD_NeurIPS2023=False, single_cuda=False, name="llama_60m-uniform-adam-lr0.001-wd1e-05-seed5",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.loading import loaded
-from peft_pretraining.rows import RowOrder
+from peft_pretraining.order import RowOrder
 from peft_pretraining.vision.images import ArrayImages, FolderImages
 
 Batch = dict[str, Tensor]
