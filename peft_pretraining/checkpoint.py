@@ -5,6 +5,7 @@ model_<step>/
     training_state/optimizer.pt                          state by parameter name
     training_state/trainer.json                          step, tokens, decays, data and model fingerprints, arguments
     training_state/random_<rank>.pt                      random states of each rank
+    training_state/<name>.safetensors                    weights of other modules, as the moving average's
     manifest.json                                        size and SHA-256 of every file
 """
 
@@ -30,15 +31,26 @@ STATE = Path("training_state")
 NEEDED = ("config.json", WEIGHTS, *(f"{STATE}/{name}" for name in ("trainer.json", "optimizer.pt", "random_0.pt")))
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict:
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ranks: Ranks,
+    config: dict | None = None,
+    extra: dict[str, nn.Module] | None = None,
+) -> dict:
     """Put the weights, optimizer state and random states of a checkpoint that `find_checkpoint` gave in place; returns its `trainer`.
 
-    It may have been made by any number of ranks. Raises UserError where it is of another model or can no longer be read.
+    It may have been made by any number of ranks. config: what the saved config.json must agree with, by default the shapes in that of
+    `model.config`; extra: more modules whose weights were saved, by name (see `Checkpoints.save`).
+    Raises UserError where it is of another model or can no longer be read.
     """
+    extra = extra or {}
     try:
         trainer = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf8"))
-        _check_config(folder, model)
+        _check_config(folder, config or _shapes(model.config.to_dict()))
         weights = load_file(folder / WEIGHTS, device=str(ranks.device))
+        extra_weights = {name: load_file(folder / extra_file(name)) for name in extra}
         states = torch.load(folder / STATE / "optimizer.pt", map_location=ranks.device, weights_only=True)
         random_file = folder / STATE / f"random_{ranks.rank}.pt"
         own = random_file.exists()
@@ -50,6 +62,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, ranks:
     if unexpected or set(missing) - tied:
         odd = sorted({*unexpected, *missing} - tied)
         raise UserError(f"{folder} does not fit the model: {odd[0]} is in only one of them; give the --model_config it was trained with")
+    for name, module in extra.items():
+        module.load_state_dict(extra_weights[name])
     load_optimizer_state_by_name(model, optimizer, states)
     if own:
         restore_random_states(randomness, ranks.device)
@@ -201,13 +215,23 @@ def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _check_config(folder: Path, model: nn.Module) -> None:
-    saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    now = model.config.to_dict()
+def extra_file(name: str) -> Path:
+    """Where a checkpoint keeps the weights of another module than the model."""
+    return STATE / f"{name}.safetensors"
+
+
+def _shapes(config: dict) -> dict:
+    """Of a transformers config what decides which weights there are and what they compute."""
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    for key in (*shape, "tie_word_embeddings", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters"):
-        if saved.get(key) != now.get(key):
+    keys = (*shape, "tie_word_embeddings", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters")
+    return {key: config.get(key) for key in keys}
+
+
+def _check_config(folder: Path, expected: dict) -> None:
+    saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    for key, now in expected.items():
+        if saved.get(key) != now:
             raise UserError(
-                f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now.get(key)}: "
-                "give the --model_config it was trained with, or leave --continue_from out"
+                f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now}: "
+                "give the model it was trained with, or do not continue from it"
             )

@@ -20,6 +20,7 @@ from peft_pretraining.checkpoint import (
     STATE,
     WEIGHTS,
     checkpoints_of,
+    extra_file,
     optimizer_state_by_name,
     random_states,
     sha256,
@@ -55,23 +56,37 @@ class Checkpoints:
         self._copied = threading.Event()
         self._problem: str | None = None  # of the newest save
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, trainer: dict, tokenizer=None) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        trainer: dict,
+        tokenizer=None,
+        config: dict | None = None,
+        extra: dict[str, nn.Module] | None = None,
+    ) -> None:
         """Begin to save the state of now; all ranks call it together. Waits for the save before, if that is still being written.
 
-        model: with `.config`; parameter names as transformers'. trainer: what JSON can hold. tokenizer: anything with `save_pretrained`.
+        trainer: what JSON can hold. tokenizer: anything with `save_pretrained`. config: what goes into config.json, by default
+        `model.config` as transformers reads it. extra: more modules whose weights decide the future, by name.
         """
         randomness = self.ranks.gather(_as_file(random_states(self.ranks.device)))
         if not self.ranks.is_main:
             return
         self._join()
         weights, states = unshared(model), optimizer_state_by_name(model, optimizer)
-        config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(next(model.parameters()).dtype)[6:]}
+        # The next forward pass writes buffers (BatchNorm's statistics); they are small.
+        weights |= {name: buffer.clone() for name, buffer in model.named_buffers() if name in weights}
+        extra_weights = {name: unshared(module) for name, module in (extra or {}).items()}
+        if config is None:
+            config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(next(model.parameters()).dtype)[6:]}
         texts = {"config.json": config, f"{STATE}/trainer.json": trainer}
         texts = {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}  # now, before any of it changes
         ready = torch.cuda.current_stream().record_event() if self.ranks.device.type == "cuda" else None
 
         def write(folder: Path) -> None:
-            copied_weights, copied_states = self._copy(weights, states, ready)
+            copied_weights, copied_states, copied_extra = self._copy(weights, states, extra_weights, ready)
             self._copied.set()
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf8")
@@ -79,6 +94,8 @@ class Checkpoints:
                 (folder / STATE / f"random_{rank}.pt").write_bytes(state)
             save_file(copied_weights, folder / WEIGHTS, metadata={"format": "pt"})
             torch.save(copied_states, folder / STATE / "optimizer.pt")
+            for name, tensors in copied_extra.items():
+                save_file(tensors, folder / extra_file(name))
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
@@ -108,7 +125,7 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _copy(self, weights: dict[str, Tensor], states: dict[str, dict], ready) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    def _copy(self, weights: dict[str, Tensor], states: dict[str, dict], extra: dict[str, dict], ready) -> tuple[dict, dict, dict]:
         """The tensors as they are now, in this object's buffers, which every save uses again."""
         stream = torch.cuda.Stream(self.ranks.device) if ready else None
         with torch.cuda.stream(stream):  # None: nothing
@@ -119,9 +136,12 @@ class Checkpoints:
                 name: {k: self._into_buffer(f"{k}.{name}", v) if isinstance(v, Tensor) else v for k, v in state.items()}
                 for name, state in states.items()
             }
+            copied_extra = {
+                name: {k: self._into_buffer(f"{name}.{k}", tensor) for k, tensor in tensors.items()} for name, tensors in extra.items()
+            }
         if stream:
             stream.synchronize()
-        return copied_weights, copied_states
+        return copied_weights, copied_states, copied_extra
 
     def _into_buffer(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)

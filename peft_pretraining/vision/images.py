@@ -125,7 +125,7 @@ def load_images(
 
 
 def read_class_folders(folder: Path) -> FolderImages:
-    """The images in the folders of `folder`: each is a class, in alphabetical order. Raises UserError where there is none, or an empty one."""
+    """The images in the folders of `folder`: each is a class, in alphabetical order. UserError where there is none, or an empty one."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise UserError(f"{folder} holds no class folders: it must hold a folder of images for each class")
@@ -190,7 +190,9 @@ def _cifar(folder: Path, n_classes: int, train: bool) -> ArrayImages:
     return ArrayImages(tuple(found.classes), found.data, np.array(found.targets, np.int64))
 
 
-def _check_classes(train: FolderImages | ArrayImages, validation: FolderImages | ArrayImages, data_path: str | None, n_classes: int) -> None:
+def _check_classes(
+    train: FolderImages | ArrayImages, validation: FolderImages | ArrayImages, data_path: str | None, n_classes: int
+) -> None:
     odd = sorted(set(train.classes) ^ set(validation.classes))
     if odd:
         where, missing = (train, validation) if odd[0] in train.classes else (validation, train)
