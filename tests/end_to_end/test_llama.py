@@ -78,10 +78,22 @@ def test_ranks_are_bit_identical(straight_run):
 def test_one_process_sees_the_same_batches(inputs, straight_run):
     """Without torchrun: the same global batches, so the same losses but for the order of float additions."""
     run(exact(inputs, "alone", batch_size=16), processes=1)
-    runs = [read_lines(folder / "metrics.jsonl") for folder in (inputs / "alone", straight_run)]
+    assert_same_numbers(inputs / "alone", straight_run)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_another_number_of_processes_goes_on(inputs, straight_run, processes):
+    """From the checkpoint that two processes made after update 20."""
+    name = f"on-{processes}"
+    run(exact(inputs, name, "--continue_from", straight_run / "checkpoints/model_20"), processes=processes)
+    assert_same_numbers(inputs / name, straight_run)
+
+
+def assert_same_numbers(folder, other):
+    runs = [read_lines(path / "metrics.jsonl") for path in (folder, other)]
     for name in ("loss", "eval_loss", "grad_norm", "weight_decay", "tokens_seen", "eval_tokens"):
-        alone, together = ([r[name] for r in records if name in r] for records in runs)
-        assert alone == pytest.approx(together, rel=5e-5), name
+        found, wanted = ([r[name] for r in records if name in r] for records in runs)
+        assert found == pytest.approx(wanted, rel=5e-5), name
 
 
 def test_an_existing_run_is_not_overwritten(inputs, reference_run):
