@@ -56,6 +56,13 @@ class Ranks:
         dist.broadcast_object_list(things)
         return things[0]
 
+    def raise_together(self, problem: str | None) -> None:
+        """Raise UserError on every rank where any of them has a problem; all ranks call it."""
+        problems = self.broadcast(self.gather(problem))
+        for rank, text in enumerate(problems):
+            if text:
+                raise UserError(f"{text} (rank {rank})" if self.world_size > 1 else text)
+
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Rank 0 goes through the block before the others enter it: it fills caches that they then find."""

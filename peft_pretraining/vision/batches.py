@@ -18,8 +18,9 @@ from peft_pretraining.order import RowOrder
 from peft_pretraining.vision.images import ArrayImages, FolderImages
 
 Batch = dict[str, Tensor]
-SMALL = 32  # images up to this size are padded and cropped, not zoomed into (the ConvNeXt recipe)
-ORIGINAL_CROP = 224 / 256  # share of an image's side that evaluation looks at (the ImageNet standard)
+# The ConvNeXt recipe: images of up to 32 pixels are padded and shifted, not zoomed into; these, and those from 384 pixels on, are evaluated
+# whole, all others to 7/8 of a side, as ImageNet always was.
+SMALL, LARGE, ORIGINAL_CROP = 32, 384, 224 / 256
 
 
 # -------------------------------------------------------------------------------------------------------------- transforms
@@ -40,7 +41,7 @@ def training_transform(args: argparse.Namespace, mirrors: bool) -> Callable:
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
-        **_normalisation(args),
+        **normalisation(args),
     )
     if args.input_size <= SMALL:
         crop = transforms.RandomCrop(args.input_size, padding=args.input_size // 8)
@@ -52,13 +53,17 @@ def validation_transform(args: argparse.Namespace) -> Callable:
     """PIL image -> float32 [3, input_size, input_size]: the middle of the image, all of it where it is small or as --crop_pct says."""
     from timm.data import create_transform
 
-    # From 384 pixels on the ConvNeXt recipe looks at the whole image too.
-    whole = args.input_size <= SMALL or args.input_size >= 384
-    crop = args.crop_pct or (1.0 if whole else ORIGINAL_CROP)
-    return create_transform(args.input_size, interpolation="bicubic", crop_pct=crop, **_normalisation(args))
+    return create_transform(args.input_size, interpolation="bicubic", crop_pct=evaluation_crop(args), **normalisation(args))
 
 
-def _normalisation(args: argparse.Namespace) -> dict:
+def evaluation_crop(args: argparse.Namespace) -> float:
+    """Share of an image's side that evaluation looks at."""
+    whole = args.input_size <= SMALL or args.input_size >= LARGE
+    return args.crop_pct or (1.0 if whole else ORIGINAL_CROP)
+
+
+def normalisation(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    """mean and std of the channels, by those names."""
     from timm.data import constants
 
     if args.imagenet_default_mean_and_std:
