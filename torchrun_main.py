@@ -134,7 +134,7 @@ def train(
             if saved < update - 1:
                 save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
             checkpoints.finish()
-            return end_early(ending, update - 1, log)
+            return end_early(ending, update - 1, log, "the same command with --continue_from auto goes on")
 
         norm = clip_gradients(model, args.grad_clipping)
         guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none

@@ -50,6 +50,8 @@ def load_checkpoint(
         trainer = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf8"))
         _check_config(folder, config or _shapes(model.config.to_dict()))
         weights = load_file(folder / WEIGHTS, device=str(ranks.device))
+        if lacking := next((name for name in extra if not (folder / extra_file(name)).exists()), None):
+            raise UserError(f"{folder} has no weights of {lacking}: it was trained without; give the flags it was trained with")
         extra_weights = {name: load_file(folder / extra_file(name)) for name in extra}
         states = torch.load(folder / STATE / "optimizer.pt", map_location=ranks.device, weights_only=True)
         random_file = folder / STATE / f"random_{ranks.rank}.pt"

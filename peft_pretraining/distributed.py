@@ -79,17 +79,19 @@ def world_size_of_environment() -> int:
 
 
 @contextlib.contextmanager
-def process_group(single_cuda: bool = False) -> Iterator[Ranks]:
+def process_group(single_cuda: bool = False, kind: str | None = None) -> Iterator[Ranks]:
     """Join the other processes of torchrun, if any: gloo for what is on the CPU, nccl for what is on GPUs.
 
-    single_cuda: one process on one GPU; a second process or no GPU is an error.
+    single_cuda: one process on one GPU; a second process or no GPU is an error. kind: `cpu` or `cuda` (default: where there is one).
     """
     world_size, local_rank = world_size_of_environment(), int(os.environ.get("LOCAL_RANK", 0))
     if single_cuda and (world_size > 1 or not torch.cuda.is_available()):
         why = f"torchrun started {world_size} processes" if world_size > 1 else "there is no CUDA device here"
         raise UserError(f"--single_cuda means one process on one GPU, but {why}: leave the flag out")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but there is no CUDA device here: leave the flag out")
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if kind != "cpu" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"process {local_rank} of this node has no GPU: give torchrun --nproc_per_node={torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)

@@ -70,12 +70,12 @@ class Stopped(Exception):
     """A signal asked for the end of the run."""
 
 
-def end_early(ending: Exception, update: int, log: RunLog, resume: str = "with --continue_from auto ") -> None:
-    """A run that goes no further than this update, whose checkpoint is on the disk. resume: what to add to the command."""
+def end_early(ending: Exception, update: int, log: RunLog, advice: str) -> None:
+    """A run that goes no further than this update, whose checkpoint is on the disk. advice: how to go on."""
     if not isinstance(ending, Stopped):
         raise ending
     log.close()
-    logger.warning(f"{ending}: stopped after update {update}; the same command {resume}goes on")
+    logger.warning(f"{ending}: stopped after update {update}; {advice}")
 
 
 def clip_gradients(model: nn.Module, greatest_norm: float) -> Tensor:

@@ -28,7 +28,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, autocast:
     """
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, among five, images
-    problem = None
+    problem, trains = None, model.training
     model.eval()
     try:
         for batch in batches:
@@ -42,7 +42,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, autocast:
             totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)]).double()
     except UserError as error:
         problem = str(error)
-    model.train()
+    model.train(trains)
     ranks.raise_together(problem)
     loss, first, among_five, images = ranks.sum(totals.to(ranks.device)).tolist()
     if not images:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 
 from peft_pretraining.arguments import Parser, add_optimizer, add_records, check_numbers, name_run, true_or_false
 from peft_pretraining.errors import UserError
@@ -131,6 +132,7 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: it must be from 0 to 1")
     args.aa = None if args.aa.lower() in ("none", "") else args.aa
     args.mixes = bool(args.mixup or args.cutmix or args.cutmix_minmax)
+    args.num_workers = min(args.num_workers, os.cpu_count() or 1)
     args.total_batch_size = args.batch_size * args.update_freq * world_size
     args.nb_classes = args.nb_classes or (10 if args.data_set in ("CIFAR", "digits") else 1000)
     name_run(args, args.model)

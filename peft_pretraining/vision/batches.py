@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.loading import loaded
 from peft_pretraining.order import RowOrder
 from peft_pretraining.vision.images import ArrayImages, FolderImages
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Batch = dict[str, Tensor]
 # The ConvNeXt recipe: images of up to 32 pixels are padded and shifted, not zoomed into; these, and those from 384 pixels on, are evaluated
@@ -43,6 +47,8 @@ def training_transform(args: argparse.Namespace, mirrors: bool) -> Callable:
         re_count=args.recount,
         **normalisation(args),
     )
+    for augmentation in chain.transforms:
+        _keep_a_bit(augmentation)
     if args.input_size <= SMALL:
         crop = transforms.RandomCrop(args.input_size, padding=args.input_size // 8)
         chain.transforms[:1] = [_resize(args.input_size), crop]
@@ -71,6 +77,22 @@ def normalisation(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     return {"mean": constants.IMAGENET_INCEPTION_MEAN, "std": constants.IMAGENET_INCEPTION_STD}
 
 
+def _keep_a_bit(augmentation: Callable) -> None:
+    """At its greatest strength timm posterizes to 0 bits, a black image, which Pillow refuses from version 13 on."""
+    from timm.data import auto_augment
+
+    policy = [op for part in getattr(augmentation, "policy", ()) for op in part]
+    for op in (*getattr(augmentation, "ops", ()), *policy):
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Image, bits: int, **more) -> Image:
+    from timm.data import auto_augment
+
+    return auto_augment.posterize(image, max(1, bits), **more)
+
+
 def _resize(size: int) -> Callable:
     from torchvision import transforms
 
@@ -78,6 +100,9 @@ def _resize(size: int) -> Callable:
 
 
 # ------------------------------------------------------------------------------------------------------------ random numbers
+
+
+AUGMENTATION, TRAINING = range(2)  # what random numbers are for, so that no two uses share theirs
 
 
 def seed_everything(*key: int) -> None:
@@ -119,7 +144,7 @@ class TrainingSamples(_Samples):
         epoch, index = key
         skipped: list[str] = []
         for _ in range(len(self.images)):
-            seed_everything(self.seed, epoch, index)
+            seed_everything(self.seed, AUGMENTATION, epoch, index)
             sample = self._read(index)
             if isinstance(sample, UserError) or sample[0] is not None:
                 return sample if isinstance(sample, UserError) else (*sample[:2], skipped)

@@ -8,6 +8,7 @@ import difflib
 import json
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         for parameter in model.get_classifier().parameters():
             parameter.mul_(args.head_init_scale)
     if args.finetune:
-        load_finetune(model, Path(args.finetune), args.model_key, args.model_prefix)
+        load_weights(model, Path(args.finetune), args.model_key, args.model_prefix)
     return model
 
 
@@ -64,7 +65,7 @@ def model_arguments(args: argparse.Namespace) -> dict:
     return ({"img_size": args.input_size} if fixed else {}) | dict(args.model_kwargs)
 
 
-def load_finetune(model: nn.Module, path: Path, keys: str, prefix: str) -> None:
+def load_weights(model: nn.Module, path: Path, keys: str = "model|module", prefix: str = "") -> None:
     """Load the weights of a file where they fit; a classifier of another number of classes keeps its fresh ones.
 
     keys: names, separated by |, under one of which the file may hold the weights; prefix: of the names that count.
@@ -74,8 +75,8 @@ def load_finetune(model: nn.Module, path: Path, keys: str, prefix: str) -> None:
 
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"--finetune {path} cannot be read ({error}): give a .safetensors or .pth file of weights") from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a .safetensors or .pth file of weights") from error
     found = next((found[key] for key in keys.split("|") if isinstance(found.get(key), dict)), found)
     found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
     classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
@@ -85,9 +86,7 @@ def load_finetune(model: nn.Module, path: Path, keys: str, prefix: str) -> None:
             continue
         if id(tensor) not in classifier:
             what = f"has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}" if name in found else "is missing"
-            raise UserError(
-                f"--finetune {path} does not fit the model: {name} {what}; give the --model, --input_size and --model_key of it"
-            )
+            raise UserError(f"{path} does not fit the model: {name} {what}; give the --model and --input_size that it was trained with")
         found.pop(name, None)
         fresh.append(name)
     unused = model.load_state_dict(found, strict=False).unexpected_keys
@@ -107,14 +106,14 @@ def forward_flops(model: nn.Module, input_size: int) -> int:
     return counter.get_total_flops()
 
 
-def utilisation(images_per_second: float, flops: int, ranks: Ranks) -> float | None:
-    """MFU under bfloat16 autocast: arithmetic of the model over what the devices could do; None where that is not known.
+def utilisation(args: argparse.Namespace, images_per_second: float, flops: int, ranks: Ranks) -> dict[str, float]:
+    """mfu, under bfloat16 autocast: the model's arithmetic over what the devices can do. Nothing where that is not known.
 
     flops: of one image's forward pass.
     """
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    name = torch.cuda.get_device_name(ranks.device) if args.use_amp and ranks.device.type == "cuda" else ""
     peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-    return images_per_second * flops * (1 + BACKWARD) / (peak * ranks.world_size) if peak else None
+    return {"mfu": images_per_second * flops * (1 + BACKWARD) / (peak * ranks.world_size)} if peak else {}
 
 
 # ---------------------------------------------------------------------------------------------------------- how it is kept
