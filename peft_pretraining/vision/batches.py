@@ -48,7 +48,7 @@ def training_transform(args: argparse.Namespace, mirrors: bool) -> Callable:
         **normalisation(args),
     )
     for augmentation in chain.transforms:
-        _keep_a_bit(augmentation)
+        keep_a_bit(augmentation)
     if args.input_size <= SMALL:
         crop = transforms.RandomCrop(args.input_size, padding=args.input_size // 8)
         chain.transforms[:1] = [_resize(args.input_size), crop]
@@ -77,7 +77,7 @@ def normalisation(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     return {"mean": constants.IMAGENET_INCEPTION_MEAN, "std": constants.IMAGENET_INCEPTION_STD}
 
 
-def _keep_a_bit(augmentation: Callable) -> None:
+def keep_a_bit(augmentation: Callable) -> None:
     """At its greatest strength timm posterizes to 0 bits, a black image, which Pillow refuses from version 13 on."""
     from timm.data import auto_augment
 
