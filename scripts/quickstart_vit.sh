@@ -13,9 +13,9 @@ export WANDB_MODE="${WANDB_MODE:-offline}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1
 # The digits are 8 x 8 pixels: an augmentation made for photographs would leave nothing of them.
 train() {
     torchrun --standalone --nproc_per_node=2 main_vit.py \
-        --model deit_tiny_patch16_224 --model_kwargs patch_size=8 depth=4 embed_dim=96 num_heads=3 --data_set digits --input_size 32 \
+        --model deit_tiny_patch16_224 --model_kwargs patch_size=4 depth=4 embed_dim=64 num_heads=2 --data_set digits --input_size 32 \
         --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --num_workers 0 --seed 5 \
-        --batch_size 16 --epochs 40 --warmup_epochs 4 --lr 2e-3 --weight_decay 5e-6 --save_ckpt_freq 10 \
+        --batch_size 16 --epochs 30 --warmup_epochs 3 --lr 2e-3 --weight_decay 5e-6 --save_ckpt_freq 10 \
         --output_dir "$folder/$1" --name "quickstart-vit-$1" "${@:2}"
 }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -12,13 +13,15 @@ import torch.nn.functional as F
 from end_to_end.common import write_images
 from PIL import Image
 from reference import balanced, decays, statistics
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import alphadecay
 import main_vit
+from peft_pretraining.checkpoint import load_checkpoint
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.optimizer import build_optimizer, scaled_decays
+from peft_pretraining.saving import Checkpoints
 from peft_pretraining.vision.accuracy import evaluate
 from peft_pretraining.vision.arguments import complete, vit_parser
 from peft_pretraining.vision.batches import (
@@ -373,3 +376,45 @@ def test_flags_that_contradict(flags, expected):
 def test_booleans_mean_what_they_say():
     args = arguments("--model_ema", "true", "--auto_resume", "False")
     assert args.model_ema is True and args.auto_resume is False and args.save_ckpt is True
+
+
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_has_the_statistics_of_its_call(tmp_path, monkeypatch):
+    """The next forward pass writes them while the thread that saves still copies weights."""
+    model = build_model(arguments("--model", "test_resnet"))
+    optimizer = build_optimizer("adam", [{"params": list(model.parameters())}], 1e-3)
+    checkpoints, passed = Checkpoints(tmp_path, ALONE), threading.Event()
+    copy = checkpoints._copy
+    monkeypatch.setattr(checkpoints, "_copy", lambda *tensors: passed.wait(20) and copy(*tensors))
+    wanted = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    checkpoints.save(1, model, optimizer, {}, config={"architecture": "test_resnet"}, extra={"ema": model})
+    model(torch.randn(4, 3, 32, 32))
+    passed.set()
+    checkpoints.finish()
+    saved = load_file(tmp_path / "checkpoints/model_1/model.safetensors")
+    assert all(torch.equal(saved[name], buffer) for name, buffer in wanted.items())
+
+
+def test_a_checkpoint_keeps_the_moving_average(tmp_path):
+    args = arguments("--model", "test_resnet", "--model_ema", "true")
+    torch.manual_seed(0)
+    training = main_vit.make_training(args, build_model(args))
+    with torch.no_grad():
+        training.model.fc.weight.add_(1)
+    training.ema.update(training.model)
+    checkpoints = Checkpoints(tmp_path, ALONE)
+    checkpoints.save(1, training.model, training.optimizer, {"data": "x"}, config=training.config, extra=training.averages())
+    checkpoints.finish()
+    other = main_vit.make_training(args, build_model(args))
+    folder = tmp_path / "checkpoints/model_1"
+    assert load_checkpoint(folder, other.model, other.optimizer, ALONE, other.config, other.averages()) == {"data": "x"}
+    for ours, theirs in ((other.model, training.model), (other.ema.module, training.ema.module)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert not torch.equal(other.model.fc.weight, other.ema.module.fc.weight)
+    with pytest.raises(UserError, match="was trained with num_classes 4, but the model config says 5"):
+        load_checkpoint(folder, other.model, other.optimizer, ALONE, other.config | {"num_classes": 5})
+    (folder / "training_state/ema.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights of ema: it was trained without"):
+        load_checkpoint(folder, other.model, other.optimizer, ALONE, other.config, other.averages())
