@@ -24,17 +24,18 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
-from alphadecay import AWD, AlphaDecay
-from alphadecay.flags import add_flags, decay_from_flags
+from alphadecay import AWD, AdaDecay, AlphaDecay
+from alphadecay.decoupled import split_hidden
+from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
+from alphadecay.methods import parse_arguments as parse_with_method
 from peft_pretraining import run_log
 from peft_pretraining.checkpoint import WEIGHTS, find_checkpoint, seed_random_generators, step_of
 from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
 from peft_pretraining.errors import UserError
 from peft_pretraining.finite import FiniteGuard
 from peft_pretraining.interruption import StopRequest
-from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step
+from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step, report
 from peft_pretraining.optimizer import build_optimizer, scaled_decays
-from peft_pretraining.report import write_report
 from peft_pretraining.resuming import begin_records, resume, starting_point
 from peft_pretraining.saving import Checkpoints
 from peft_pretraining.schedule import lr_factor
@@ -71,7 +72,7 @@ AWD_FACTOR = 50  # lambda_awd = 50 * eta in the published ViT runs
 def parse_arguments() -> argparse.Namespace:
     parser = vit_parser()
     add_flags(parser)
-    return complete(parser.parse_args(), world_size_of_environment())
+    return complete(parse_with_method(parser), world_size_of_environment())
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Training:
     model: nn.Module
     ema: ModelEmaV3 | None
     optimizer: Optimizer
-    decay: AlphaDecay | AWD | None  # None: uniform
+    decay: AlphaDecay | AWD | AdaDecay | None  # None: uniform
     config: dict
     flops: int
 
@@ -129,7 +130,7 @@ def main() -> None:
         if checkpoint and place == "auto" and step_of(checkpoint) >= schedule.total:
             logger.info(f"{run_folder} has made all {schedule.total} updates: nothing to do")
             if ranks.is_main:
-                write_report(run_folder)  # it may have been killed just before its end
+                report(run_folder)  # it may have been killed just before its end
             return
 
         training = make_training(args, build_model(args).to(ranks.device))
@@ -146,7 +147,7 @@ def main() -> None:
                 checkpoint, args, schedule.total, model, training.optimizer, training.decay, data.fingerprint, ranks,
                 config=training.config, extra=training.averages(),
             )  # fmt: skip
-        elif training.decay:
+        elif isinstance(training.decay, AlphaDecay):
             training.decay.updates = progress["update_step"]
         if ranks.is_main:
             begin_records(checkpoint, run_folder)
@@ -161,10 +162,11 @@ def make_training(args: argparse.Namespace, model: nn.Module) -> Training:
     """The model with the optimizer and the decays that the flags ask for."""
     try:
         decay = decay_from_flags(args, model, AWD_FACTOR)  # None: uniform
+        groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr, tuple(args.opt_betas), args.opt_eps)
+        reshape_from_flags(args, optimizer)  # --adamc, --cautious_decay
     except ValueError as error:
         raise UserError(str(error)) from error
-    groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-    optimizer = build_optimizer(args.optimizer, groups, args.lr, tuple(args.opt_betas), args.opt_eps)
     ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None) if args.model_ema else None
     return Training(model, ema, optimizer, decay, timm_config(args, model), forward_flops(model, args.input_size))
 
@@ -214,6 +216,9 @@ def train(
         norm = clip_gradients(model, args.clip_grad or 0.0)
         guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none
         checkpoints.before_update()
+        lr, eta = rates(args, update, schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
         # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
         before = time.perf_counter()
@@ -221,9 +226,6 @@ def train(
         clock.analysis_took(time.perf_counter() - before, rebalanced)
         if rebalanced:
             log.modules([row for row in decay.history if row["step"] == update])
-        lr, eta = rates(args, update, schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         with scaled_decays(optimizer, eta):  # of the schedule, over all modules alike
             optimizer.step()
         optimizer.zero_grad()
@@ -253,8 +255,8 @@ def train(
             with clock.pause():
                 save(args, training, data, progress, checkpoints)
                 saved = update
-    checkpoints.finish()
     finish(clock, log, ranks)
+    checkpoints.finish()
 
 
 def loss_and_mixup(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:
@@ -370,7 +372,8 @@ DECIDES_THE_FUTURE = (
     "warmup_epochs", "warmup_steps", "model_ema", "model_ema_decay", "use_amp", "use_modulewise_wd", "alpha_positively_with_WD",
     "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos", "filter_zeros",
     "remove_first_layer", "remove_last_layer", "batchnorm", "batchnorm_type", "balance_scope", "esd_async", "esd_lag",
-    "use_AWD_NeurIPS2023",
+    "use_AWD_NeurIPS2023", "use_AdaDecay", "iso_budget", "one_shot", "shuffle_decays", "shuffle_seed", "type_constant",
+    "type_multipliers", "adamc", "cautious_decay",
 )  # fmt: skip
 
 

@@ -17,7 +17,9 @@ import torch
 import torch.nn as nn
 from loguru import logger
 
-from alphadecay.flags import add_flags, decay_from_flags
+from alphadecay.decoupled import split_hidden
+from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
+from alphadecay.methods import parse_arguments as parse_with_method
 from peft_pretraining import run_log
 from peft_pretraining.arguments import complete, llama_parser
 from peft_pretraining.checkpoint import seed_random_generators, step_of
@@ -27,10 +29,9 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.finite import FiniteGuard
 from peft_pretraining.interruption import StopRequest
-from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step
+from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step, report
 from peft_pretraining.modeling_llama import build_model, load_config
 from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.report import write_report
 from peft_pretraining.resuming import begin_records, resume, starting_point
 from peft_pretraining.rows import IGNORED
 from peft_pretraining.saving import Checkpoints
@@ -44,7 +45,7 @@ AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
 def parse_arguments() -> argparse.Namespace:
     parser = llama_parser()
     add_flags(parser)
-    return complete(parser.parse_args(), world_size_of_environment())
+    return complete(parse_with_method(parser), world_size_of_environment())
 
 
 # ----------------------------------------------------------------------------------------------------------------- set-up
@@ -64,7 +65,7 @@ def main() -> None:
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
             if ranks.is_main:
-                write_report(run_folder)  # it may have been killed just before its end
+                report(run_folder)  # it may have been killed just before its end
             return
 
         data = load_data(
@@ -83,10 +84,11 @@ def main() -> None:
 
         try:
             decay = decay_from_flags(args, model, AWD_FACTOR)  # None: uniform
+            groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+            optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
+            reshape_from_flags(args, optimizer)  # --adamc, --cautious_decay
         except ValueError as error:
             raise UserError(str(error)) from error
-        groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-        optimizer = build_optimizer(args.optimizer, groups, args.lr)
 
         progress = {"update_step": 0, "tokens_seen": 0, "position": None}
         if checkpoint:
@@ -139,6 +141,9 @@ def train(
         norm = clip_gradients(model, args.grad_clipping)
         guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none
         checkpoints.before_update()
+        factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * factor
 
         # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
         before = time.perf_counter()
@@ -146,9 +151,6 @@ def train(
         clock.analysis_took(time.perf_counter() - before, rebalanced)
         if rebalanced:
             log.modules([row for row in decay.history if row["step"] == update])
-        factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * factor
         optimizer.step()
         optimizer.zero_grad()
         log.advance()
@@ -169,8 +171,8 @@ def train(
             with clock.pause():
                 save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
                 saved = update
-    checkpoints.finish()
     finish(clock, log, ranks)
+    checkpoints.finish()
 
 
 def count_tokens(step: Step | None) -> list[int]:
@@ -219,6 +221,8 @@ DECIDES_THE_FUTURE = (
     "scheduler", "cycle_length", "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD",
     "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos",
     "filter_zeros", "remove_first_layer", "remove_last_layer", "balance_scope", "esd_async", "esd_lag", "use_AWD_NeurIPS2023",
+    "use_AdaDecay", "iso_budget", "one_shot", "shuffle_decays", "shuffle_seed", "type_constant", "type_multipliers", "adamc",
+    "cautious_decay",
 )  # fmt: skip
 
 

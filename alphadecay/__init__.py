@@ -3,7 +3,8 @@
 from alphadecay.analysis import analyze
 from alphadecay.assignment import MAPS, assign_decays
 from alphadecay.balancer import AlphaDecay
-from alphadecay.baselines import AWD
+from alphadecay.baselines import AWD, AdaDecay
+from alphadecay.decoupled import reshape_decay, split_hidden
 from alphadecay.modules import SCOPES, balanced_modules
 from alphadecay.power_law import METHODS, PowerLaw, UndefinedPowerLaw, fit_power_law
 from alphadecay.spectra import eigenvalues
@@ -16,6 +17,7 @@ __all__ = [
     "METHODS",
     "METRICS",
     "SCOPES",
+    "AdaDecay",
     "AlphaDecay",
     "PowerLaw",
     "UndefinedPowerLaw",
@@ -24,4 +26,6 @@ __all__ = [
     "balanced_modules",
     "eigenvalues",
     "fit_power_law",
+    "reshape_decay",
+    "split_hidden",
 ]

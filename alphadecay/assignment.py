@@ -1,9 +1,9 @@
-"""Scores -> decays: the published maps."""
+"""Scores -> decays: the published maps, and one by ranks."""
 
 import torch
 from torch import Tensor
 
-MAPS = ("tb_linear_map", "tb_sqrt", "tb_log2", "layerwise_sigmoid")
+MAPS = ("tb_linear_map", "tb_sqrt", "tb_log2", "layerwise_sigmoid", "tb_quantile")
 
 
 def assign_decays(
@@ -21,12 +21,13 @@ def assign_decays(
         scores: [M], one for each balanced module.
         weight_decay: eta.
         mapping: one of `MAPS`.
-        min_ratio, max_ratio: s1 and s2 of the linear map.
+        min_ratio, max_ratio: s1 and s2 of the linear map, and of `tb_quantile`: the linear map of the scores' ranks, so that one
+            outlier does not set the range for all (equal scores share their mean rank).
         positive: the decay rises with the score (the method); False reverses the order, a -> a_min + a_max - a.
         blocks: [M], the block of each module, for `layerwise_sigmoid`.
 
     Returns:
-        [M] float64. Where all scores are equal: the middle of the range for the linear map, eta for the others.
+        [M] float64. Where all scores are equal: the middle of the range for the maps that have one, eta for the others.
 
     Raises:
         ValueError: an unknown map, a score that is not finite, or scores for which the map gives no decay >= 0.
@@ -42,6 +43,8 @@ def assign_decays(
         scores = scores.min() + scores.max() - scores
     if mapping == "tb_linear_map":
         ratios = _linear(scores, min_ratio, max_ratio)
+    elif mapping == "tb_quantile":
+        ratios = _quantile(scores, min_ratio, max_ratio)
     elif mapping == "layerwise_sigmoid":
         ratios = _layerwise_sigmoid(scores, blocks if blocks is not None else [None] * len(scores))
     else:
@@ -56,6 +59,15 @@ def _linear(scores: Tensor, min_ratio: float, max_ratio: float) -> Tensor:
     if low == high:
         return torch.full_like(scores, (min_ratio + max_ratio) / 2)
     return (scores - low) / (high - low) * (max_ratio - min_ratio) + min_ratio
+
+
+def _quantile(scores: Tensor, min_ratio: float, max_ratio: float) -> Tensor:
+    if len(scores) == 1:
+        return _linear(scores, min_ratio, max_ratio)
+    ordered = scores.sort().values
+    below, up_to = (torch.searchsorted(ordered, scores, right=right) for right in (False, True))
+    ranks = (below + up_to - 1).double() / 2  # from 0; the mean of the places that equal scores take together
+    return ranks / (len(scores) - 1) * (max_ratio - min_ratio) + min_ratio
 
 
 def _share(scores: Tensor, function) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alphadecay.assignment import MAPS, assign_decays
+from alphadecay.controls import constant_ratios, permutation, shape_multipliers, to_budget
 from alphadecay.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import BalancedModule, balanced_modules, batchnorm_followers, unwrap
 from alphadecay.power_law import METHODS
@@ -47,6 +48,12 @@ class AlphaDecay:
         lag: 0: an analysis ends before `step` returns, as published. Above 0: it runs beside the training, on a copy of this rank's
             share of the weights, and its decays take effect `lag` updates later (on all ranks in the same update, waiting if need
             be), so `lag` must be below `every`.
+        one_shot: freeze the decays after the first analysis during training (the one of update `every`).
+        shuffle_seed: give the decays to the modules in a fixed random order of this seed (a control); None: each to its own.
+        iso_budget: rescale the decays so that their mean over the balanced modules, weighted by parameters, is eta. (The linear map
+            otherwise raises it: to about 1.5 eta for ratios 0.67 and 3.)
+        type_constant: one multiplier of eta for each module type, for good, and no spectrum (a control): of `type_multipliers`
+            (1 for types not in it), by default the linear map of the alphas that the shapes alone would give, see `shape_multipliers`.
         timeout: seconds that the analysis of one module on a CPU may take; a module that takes longer keeps its decay. Below the
             process group's own timeout, so that the other ranks are still there.
 
@@ -82,6 +89,11 @@ class AlphaDecay:
         batchnorm_type: str = "name",
         process_group: dist.ProcessGroup | None = None,
         lag: int = 0,
+        one_shot: bool = False,
+        shuffle_seed: int | None = None,
+        iso_budget: bool = False,
+        type_constant: bool = False,
+        type_multipliers: Mapping[str, float] | None = None,
         timeout: float = 240.0,
     ):
         _check_settings(weight_decay, min_ratio, max_ratio, every, lag)
@@ -100,6 +112,7 @@ class AlphaDecay:
         self._fit = {"method": method, "xmin_pos": xmin_pos, "filter_zeros": filter_zeros}
         self._group = process_group
         self._lag = lag
+        self._controls = {"shuffle_seed": shuffle_seed, "iso_budget": iso_budget, "type_constant": type_constant, "one_shot": one_shot}
         self._engine = SpectralEngine(timeout)
         self._pending: _Pending | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -116,8 +129,14 @@ class AlphaDecay:
         self._owned = [i for i, owner in enumerate(self._owners) if owner == rank]
         self._followers = batchnorm_followers(self.model, self.modules, batchnorm_type) if batchnorm else {}
         self.weight_decays = {m.name: float(weight_decay) for m in self.modules}
+        self._sources = list(range(len(self.modules))) if shuffle_seed is None else permutation(len(self.modules), shuffle_seed)
+        self._budget = self._sizes() if iso_budget else None
+        self._ratios: Tensor | None = None  # of type_constant
+        if type_constant:
+            multipliers = shape_multipliers(self.modules, min_ratio, max_ratio) if type_multipliers is None else type_multipliers
+            self._ratios = constant_ratios(self.modules, multipliers)
         self._written = True  # param_groups() and attach() hand out the decays of construction themselves
-        self._rebalance(self._gather(self._analyze(*self._snapshot())))
+        self._rebalance(self._table())
         # The ranks tried solvers on their own; from here on all use the same, and a resumed run those of the saved one.
         self._engine.solvers = agreed_choices(self._engine.solvers, process_group)
 
@@ -170,11 +189,11 @@ class AlphaDecay:
             self._rebalance(self._finish_pending())
             self._pending = None
             rebalanced = True
-        if self.updates % self.every == 0:
+        if self._is_due():
             if self._lag:
                 self._pending = self._launch()
             else:
-                self._rebalance(self._gather(self._analyze(*self._snapshot())))
+                self._rebalance(self._table())
                 rebalanced = True
         if rebalanced or not self._written:
             self._write(optimizer)
@@ -207,24 +226,56 @@ class AlphaDecay:
         pending = state.get("pending")
         self._pending = _Pending(pending["update"], torch.tensor(pending["rows"], dtype=torch.float64)) if pending else None
 
+    def _is_due(self) -> bool:
+        """Whether this update analyses the weights."""
+        if self._ratios is not None or self._controls["one_shot"] and self.updates > self.every:
+            return False
+        return self.updates % self.every == 0
+
+    def _table(self) -> Tensor:
+        """Statistics of the weights of now and failure codes, the same on all ranks: [M, columns + 1] float64."""
+        if self._ratios is not None:
+            return torch.tensor([[*empty_row(math.nan).values(), 0]] * len(self.modules), dtype=torch.float64)
+        return self._gather(self._analyze(*self._snapshot()))
+
     def _rebalance(self, table: Tensor) -> None:
         """Turn statistics [M, columns and failure code] into decays and note both in the history. A module that failed keeps its decay."""
         rows, failures = table[:, :-1], table[:, -1].int().tolist()
         score = COLUMNS.index(self.metric)
         reasons = [FAILURES[code] for code in failures]
-        sound = [i for i, reason in enumerate(reasons) if reason is None]
         try:
-            decays = assign_decays(rows[sound, score], self.weight_decay, blocks=[self.modules[i].block for i in sound], **self._map)
+            decays = self._place(self._assign(rows[:, score], [i for i, reason in enumerate(reasons) if reason is None]))
+            reasons = [reasons[source] for source in self._sources]
         except ValueError as error:
             if self.updates == 0:
                 raise
-            reasons, sound, decays = [reason or str(error) for reason in reasons], [], ()
-        for i, decay in zip(sound, decays, strict=True):
-            self.weight_decays[self.modules[i].name] = float(decay)
+            decays, reasons = {}, [reason or str(error) for reason in reasons]
+        for i, decay in decays.items():
+            self.weight_decays[self.modules[i].name] = decay
         for module, row, reason in zip(self.modules, rows.tolist(), reasons, strict=True):
             self.history.append(self._record(module, row, reason, row[score]))
             if reason and rank_and_size(self._group)[0] == 0:
                 logger.warning("update %d: %s keeps its weight decay: %s", self.updates, module.name, reason)
+
+    def _assign(self, scores: Tensor, sound: list[int]) -> dict[int, float]:
+        """Decay of each sound module, by its index."""
+        if self._ratios is not None:
+            decays = self.weight_decay * self._ratios
+        else:
+            decays = assign_decays(scores[sound], self.weight_decay, blocks=[self.modules[i].block for i in sound], **self._map)
+        return dict(zip(sound, decays.tolist(), strict=True))
+
+    def _place(self, decays: dict[int, float]) -> dict[int, float]:
+        """The controls that act on decays, whatever gave them: module i takes that of module sources[i], at the same budget."""
+        decays = {i: decays[source] for i, source in enumerate(self._sources) if source in decays}
+        return to_budget(decays, self._budget, self.weight_decay) if self._budget else decays
+
+    def _sizes(self) -> list[int]:
+        """Parameters that take each module's decay."""
+        sizes = dict.fromkeys(self.weight_decays, 0)
+        for parameter, name in self._owners_of_parameters().items():
+            sizes[name] += parameter.numel()
+        return list(sizes.values())
 
     def _snapshot(self) -> tuple[list[Tensor], list[float]]:
         """Weights of the modules that this rank analyses, whole, and the norms of their gradients."""
@@ -269,6 +320,7 @@ class AlphaDecay:
     def _check_ranks(self) -> None:
         """Every rank must analyse the same modules at the same updates on the same kind of device."""
         settings = {"every": self.every, "lag": self._lag, "metric": self.metric, "eta": self.weight_decay} | self._map | self._fit
+        settings |= self._controls
         device = f"device {next(iter(self.model.parameters())).device.type}"
         modules = [f"{m.name} {tuple(m.weight.shape)}" for m in self.modules]
         check_agreement([device, *(f"{k}={v}" for k, v in settings.items()), *modules], self._group)
@@ -313,13 +365,13 @@ class AlphaDecay:
 
     def _write(self, optimizer: Optimizer) -> None:
         _check_decays(optimizer)
-        groups = {group["module"]: group for group in optimizer.param_groups if group.get("module") is not None}
-        for name, decay in self.weight_decays.items():
-            if name not in groups:
-                raise ValueError(
-                    f"the optimizer has no group for {name}: build it with decay.param_groups() or call decay.attach(optimizer)"
-                )
-            groups[name]["weight_decay"] = decay
+        missing = set(self.weight_decays) - {group.get("module") for group in optimizer.param_groups}
+        if missing:
+            first = next(name for name in self.weight_decays if name in missing)
+            raise ValueError(f"the optimizer has no group for {first}: build it with decay.param_groups() or call decay.attach(optimizer)")
+        for group in optimizer.param_groups:  # several may be of one module, where its weight and its bias are optimized apart
+            if group.get("module") is not None:
+                group["weight_decay"] = self.weight_decays[group["module"]]
         self._written = True
 
 

@@ -81,6 +81,12 @@ def spectral_modules(model: nn.Module) -> list[BalancedModule]:
     return list(found.values())
 
 
+def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of every layer of `spectral_modules` but the last, the output layer; never an embedding that a layer shares."""
+    embeddings = _embeddings(model)
+    return [m.weight for m in spectral_modules(model)[:-1] if id(m.weight) not in embeddings]
+
+
 def balanced_modules(
     model: nn.Module,
     scope: str = "reference",
@@ -104,7 +110,7 @@ def balanced_modules(
         modules = [m for m in modules if m.block is not None]
     else:
         modules = modules[int(remove_first) : len(modules) - int(remove_last)]
-    embeddings = {id(m.weight) for m in unwrap(model).modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
+    embeddings = _embeddings(model)  # a tied head is one
     return [m for m in modules if m.weight.requires_grad and m.n_eigenvalues >= min_eigenvalues and id(m.weight) not in embeddings]
 
 
@@ -127,6 +133,10 @@ def batchnorm_followers(model: nn.Module, balanced: list[BalancedModule], kind: 
             if leader in names:
                 followers.setdefault(leader, []).append(module)
     return followers
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    return {id(m.weight) for m in unwrap(model).modules() if isinstance(m, nn.Embedding)}
 
 
 def _has_spectrum(module: nn.Module) -> bool:

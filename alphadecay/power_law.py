@@ -1,7 +1,7 @@
 """Eigenvalues -> alpha and D: the power law that fits the tail of a spectrum."""
 
-import bisect
 import math
+import operator
 import sys
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from torch import Tensor
 METHODS = ("median", "median-paper", "goodness-of-fit", "fix-finger", "fix-finger-reference")
 HISTOGRAM_BINS = 100  # of log10 lambda, for fix-finger
 ZERO = 1e-5  # filter_zeros leaves out eigenvalues up to here (the reference's threshold)
-BLOCK_ROWS = 256  # thresholds that are tried at a time: they take 256 N numbers of memory
-
+BLOCK_ROWS = 16  # thresholds whose D is computed at a time: they take 16 N numbers of memory, twice
+ROUNDING = 1e-9  # far above that of a D, far below the differences of two
+ONE_THREAD = 2**15  # numbers that torch leaves to one thread: waking a second one for a few more costs more than it spares
 
 ZERO_THRESHOLD = "the median eigenvalue is zero"
 EQUAL_TAIL = "all eigenvalues of the tail are equal"
@@ -70,9 +71,13 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
         raise UndefinedPowerLaw(TOO_FEW)
     if method in ("median", "median-paper"):
         return _fit_median(values, xmin_pos, paper=method == "median-paper")
-    if float(values[-1]) <= 0:
+    if float(values[0]) < sys.float_info.min:
+        values = values[int(torch.searchsorted(values, sys.float_info.min)) :]
+    if not len(values):
         raise UndefinedPowerLaw(ZERO_THRESHOLD)
-    return _least_distance(values, *_window(values, method))
+    logs = values.log10()
+    start, stop = (0, len(values) - 1) if method == "goodness-of-fit" else _window(values, logs, method)
+    return _least_distance(values[start:], logs[start:], stop - start)
 
 
 def _fit_median(values: Tensor, xmin_pos: float, paper: bool) -> PowerLaw:
@@ -95,47 +100,63 @@ def _fit_median(values: Tensor, xmin_pos: float, paper: bool) -> PowerLaw:
     return PowerLaw(float(alpha), float(distance), float(threshold), len(tail))
 
 
-def _window(values: Tensor, method: str) -> tuple[int, int]:
-    """Indices [start, stop) of the eigenvalues that may be the threshold: all above zero but the last, or those near the peak."""
-    numbers = values.tolist()
-    lower, upper = sys.float_info.min, math.inf
-    if method != "goodness-of-fit":
-        logs = values[bisect.bisect_left(numbers, lower) :].log10()
-        low, high = float(logs[0]), float(logs[-1])
-        if low == high:
-            raise UndefinedPowerLaw(EQUAL_TAIL)
-        peak = 10 ** (low + (high - low) * int(torch.histc(logs, HISTOGRAM_BINS, low, high).argmax()) / HISTOGRAM_BINS)
-        lower, upper = max(lower, 0.95 * peak if method == "fix-finger" else math.log10(0.95 * peak)), 1.5 * peak
-    return bisect.bisect_left(numbers, lower), min(bisect.bisect_right(numbers, upper), len(numbers) - 1)
+def _window(values: Tensor, logs: Tensor, method: str) -> tuple[int, int]:
+    """Indices [start, stop) of the eigenvalues near the peak of the histogram of their log10, without the last eigenvalue."""
+    low, high = float(logs[0]), float(logs[-1])
+    if low == high:
+        raise UndefinedPowerLaw(EQUAL_TAIL)
+    # The logarithms ascend, so that counting them is a search of the edges; torch.histc would wake its threads for it.
+    edges = torch.arange(HISTOGRAM_BINS, dtype=logs.dtype).mul_((high - low) / HISTOGRAM_BINS).add_(low)
+    firsts = torch.searchsorted(logs, edges).tolist()
+    counts = list(map(operator.sub, [*firsts[1:], len(logs)], firsts))
+    peak = 10 ** float(edges[counts.index(max(counts))])
+    lower = 0.95 * peak if method == "fix-finger" else math.log10(0.95 * peak)
+    start, stop = int(torch.searchsorted(values, lower)), int(torch.searchsorted(values, 1.5 * peak, right=True))
+    return start, min(stop, len(values) - 1)
 
 
-def _least_distance(values: Tensor, start: int, stop: int) -> PowerLaw:
-    """The threshold among the eigenvalues [start, stop) whose fit is closest to its own tail; where alpha <= 1, D counts as 1.
+def _least_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw:
+    """The threshold among the first `count` eigenvalues whose fit is closest to its own tail; of equally close ones the lowest.
 
-    D of threshold i is the greatest |1 - (lambda_j / lambda_i)^(1 - alpha_i) - (j - i) / (N - i)| over j >= i.
+    The differences at some 2 sqrt(N) of the eigenvalues bound every D from below. Tails are taken in the order of their bounds until
+    no bound is below the least D: the rest cannot win.
+
+    Args:
+        values, logs: [N], ascending eigenvalues above zero and their log10.
     """
-    if start >= stop:
+    if count <= 0:
         raise UndefinedPowerLaw(NO_THRESHOLD)
-    logs = values[start:].log()  # from here on i and j count from `start`, which changes neither j - i nor N - i
-    count, kept = len(logs), stop - start
-    places = torch.arange(count, dtype=logs.dtype)
-    sizes, own = (count - places[:kept])[:, None], logs[:kept, None]
-    suffix_sums = logs.flip(0).cumsum(0).flip(0)[:kept, None]  # of ln lambda_j over j >= i
-    slopes = sizes / (sizes * own - suffix_sums)  # [kept, 1], 1 - alpha
-    steps, offsets = sizes.reciprocal(), slopes * own
-    distances = torch.empty_like(logs[:kept])
-    for first in range(0, kept, BLOCK_ROWS):
-        rows = slice(first, min(first + BLOCK_ROWS, kept))
-        # Each part of the difference, [rows, N - first], is an outer product less a column, which one call makes:
-        # (lambda_j / lambda_i)^(1 - alpha_i), and (j - i) / (N - i) - 1 = j / (N - i) - N / (N - i).
-        model = torch.addmm(offsets[rows], slopes[rows], logs[None, first:], beta=-1).exp_()
-        gap = torch.addmm(steps[rows], steps[rows], places[None, first:], beta=-count).add_(model)
-        gap[:, : len(gap)].triu_()  # nothing of what lies below a row's own threshold
-        distances[rows] = gap.abs_().amax(dim=1)
-    # Where alpha is infinite, D is not a number.
-    distances = torch.where((slopes[:, 0] < 0) & (distances < 1), distances, 1.0)
-    best = int(distances.argmin())
-    alpha, distance, threshold = 1 - float(slopes[best]), float(distances[best]), float(values[start + best])
+    # Descending, so that a tail is the first n eigenvalues, and relative to the greatest, so that nearly equal ones keep their digits.
+    logs = (logs.flip(0) - logs[-1])[:, None]
+    sizes = torch.arange(1, len(logs) + 1, dtype=logs.dtype)[:, None]
+    spreads = torch.addcmul(logs.cumsum(0), sizes, logs, value=-1)  # of each tail the sum of log10(lambda_j / lambda_i)
+    rates = sizes / spreads.mul_(math.log(2))  # (alpha - 1) log2(10)
+    tails = [x[-count:] for x in (logs, rates, sizes)]
+    step = max(1, math.isqrt(len(logs)) // 2)
+    sample = logs[::step], sizes[::step]
+    rows = max(1, ONE_THREAD // len(sample[0]))
+    bounds = torch.cat([_distances(*sample, *(x[i : i + rows] for x in tails)) for i in range(0, count, rows)])
+    bounds, order = bounds.sort()
+    best = (1.0, 0)  # D and the negated row; no fit is a D of 1 or, alpha being infinite, one that is not a number
+    for first in range(0, count, BLOCK_ROWS):
+        if not float(bounds[first]) <= best[0] + ROUNDING:
+            break
+        block = order[first : first + BLOCK_ROWS]
+        distances = _distances(logs, sizes, *(x[block] for x in tails))
+        best = min(best, *zip(distances.tolist(), block.neg().tolist(), strict=True))
+    distance, row = best[0], -best[1]
     if distance >= 1:
         raise UndefinedPowerLaw(NO_THRESHOLD)
-    return PowerLaw(alpha, distance, threshold, count - best)
+    index = count - 1 - row
+    return PowerLaw(1 + float(tails[1][row]) * math.log10(2), distance, float(values[index]), len(values) - index)
+
+
+def _distances(logs: Tensor, ranks: Tensor, own: Tensor, rates: Tensor, sizes: Tensor) -> Tensor:
+    """[n]: the greatest difference between each tail and its fit, both taken as the share from an eigenvalue up.
+
+    Args:
+        logs, ranks: [m, 1], log10 of the eigenvalues to compare at, and how many of the spectrum are from there up.
+        own, rates, sizes: [n, 1], of each tail log10 of the threshold, (alpha - 1) log2(10) and the number of eigenvalues.
+    """
+    fitted = (own - logs.T).mul_(rates).exp2_().clamp_(max=1)  # below the threshold both shares stay 1
+    return fitted.sub_((ranks.T / sizes).clamp_(max=1)).abs_().amax(dim=1)

@@ -6,10 +6,10 @@ from typing import NoReturn
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.optimizer import OPTIMIZERS
-from peft_pretraining.saving import ON_SAVE_ERROR
 from peft_pretraining.schedule import SCHEDULERS
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
+ON_SAVE_ERROR = ("continue", "stop")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,8 +94,8 @@ def _add_run(g) -> None:
     g.add_argument("--eval_every", type=int, default=1000, help="updates between two evaluations (default 1000); one at the end")
     g.add_argument("--target_eval_tokens", type=int, default=10_000_000, help="tokens of an evaluation, at most (default 10_000_000)")
     g.add_argument("--save_every", type=int, default=10_000, help="updates between two checkpoints (default 10000); one follows the last")
-    g.add_argument("--keep_checkpoints", type=int, metavar="N", help="keep only the newest N checkpoints (default: all)")
-    g.add_argument("--keep_every", type=int, metavar="N", help="besides, keep those after every N updates for ever")
+    g.add_argument("--keep_checkpoints", type=int, metavar="N", help="delete all but the newest N after each save (default: keep all)")
+    g.add_argument("--keep_every", type=int, metavar="M", help="checkpoints of every M-th update stay in spite of --keep_checkpoints")
     g.add_argument("--save_dir", metavar="FOLDER", help="the run folder (default runs/NAME)")
     g.add_argument("--continue_from", metavar="WHERE", help="a checkpoint, a run folder, or auto: the newest of this run, if any")
     add_records(g)
@@ -103,7 +103,10 @@ def _add_run(g) -> None:
 
 def add_optimizer(g, lr: float, weight_decay: float) -> None:
     """The optimizer's flags, with these defaults, to a group of a parser."""
-    g.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="adam: the decay enters the moments (L2); adamw: decoupled")
+    g.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adam",
+        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: torch's for the hidden matrices, adamw for the rest",
+    )  # fmt: skip
     g.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
     g.add_argument(
         "--weight_decay", type=float, default=weight_decay, help=f"eta, the decay that is scaled for each module (default {weight_decay:g})"
@@ -118,7 +121,7 @@ def add_records(g) -> None:
     """The flags of a run's name and records to a group of a parser."""
     g.add_argument(
         "--on_save_error", choices=ON_SAVE_ERROR, default="continue",
-        help="where a checkpoint cannot be written (a full disk): continue, and try again at the next (default), or stop",
+        help="when a checkpoint cannot be written, as on a full disk: continue and try again with the next (default), or stop",
     )  # fmt: skip
     g.add_argument("--name", help="name of the run and its folder (default: --wandb_name, or made of the settings)")
     g.add_argument("--wandb_name", help="name of the run in W&B (default: --name)")
@@ -139,17 +142,27 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     _complete_steps(args)
     if args.scheduler == "cosine_restarts" and not args.cycle_length:
         raise UserError("--scheduler cosine_restarts needs --cycle_length N, the updates in a cycle")
+    if args.keep_every and not args.keep_checkpoints:
+        raise UserError("--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints")
     name_run(args, args.model_config.rsplit("/", 1)[-1].removesuffix(".json"))
     args.save_dir = args.save_dir or f"runs/{args.name}"
     return args
+
+
+def method_name(args: argparse.Namespace) -> str:
+    """`alphadecay`, `gradnorm+iso_budget`: the method and what is added to it."""
+    kinds = {"alphadecay": args.use_modulewise_wd, "awd": args.use_AWD_NeurIPS2023, "adadecay": args.use_AdaDecay, "uniform": True}
+    name = args.method or next(kind for kind, on in kinds.items() if on)
+    # A method's name settles all switches but the last three.
+    switches = ("one_shot", "shuffle_decays", "type_constant") * (not args.method) + ("iso_budget", "adamc", "cautious_decay")
+    return "+".join([name, *(switch for switch in switches if getattr(args, switch))])
 
 
 def name_run(args: argparse.Namespace, model: str) -> None:
     """Fill in the names, and check the flags that both scripts have. Raises UserError."""
     if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
         raise UserError(f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them")
-    method = "alphadecay" if args.use_modulewise_wd else "awd" if args.use_AWD_NeurIPS2023 else "uniform"
-    settings = f"{model}-{method}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
+    settings = f"{model}-{method_name(args)}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
     args.name = args.name or args.wandb_name or settings
     args.wandb_name = args.wandb_name or args.name
     args.tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]

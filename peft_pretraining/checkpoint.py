@@ -1,24 +1,27 @@
-"""Checkpoints: everything that decides the future of a run, verified before it is loaded. saving.py writes them.
+"""Checkpoints: everything that decides the future of a run, written whole or not at all, verified before it is loaded.
 
 model_<step>/
     config.json, model.safetensors, tokenizer files     transformers' format: AutoModelForCausalLM.from_pretrained reads it
     training_state/optimizer.pt                          state by parameter name
     training_state/trainer.json                          step, tokens, decays, data and model fingerprints, arguments
     training_state/random_<rank>.pt                      random states of each rank
-    training_state/<name>.safetensors                    weights of other modules, as the moving average's
     manifest.json                                        size and SHA-256 of every file
+
+Only a folder of exactly that name counts. Others that a kill can leave behind: model_<step>.tmp, half written; .deleted, half deleted;
+.replaced, the one before where the same step is saved again. Here they are found and loaded; saving.py writes them.
 """
 
 import hashlib
 import json
+import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-from loguru import logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import Optimizer
@@ -26,9 +29,143 @@ from torch.optim import Optimizer
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 
-MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
-STATE = Path("training_state")
-NEEDED = ("config.json", WEIGHTS, *(f"{STATE}/{name}" for name in ("trainer.json", "optimizer.pt", "random_0.pt")))
+MANIFEST = "manifest.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+OPTIMIZER, TRAINER, RANDOM = "training_state/optimizer.pt", "training_state/trainer.json", "training_state/random_{}.pt"
+EXTRA = "training_state/{}.safetensors"
+REQUIRED = (WEIGHTS, CONFIG, TRAINER, OPTIMIZER, RANDOM.format(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------- finding
+
+
+def find_checkpoint(place: str, run_folder: Path, ranks: Ranks) -> Path | None:
+    """The checkpoint that `--continue_from` means: a checkpoint, the newest whole one of a run folder, or `auto` (the newest whole one
+    of this run, None if it has none yet).
+
+    All ranks call it together: rank 0 looks and compares every file with its SHA-256, all return what it found. In a run folder each
+    damaged checkpoint that is newer than the one found is a warning. Raises the same UserError on all ranks where there is nothing to
+    continue from: no checkpoint, the one that was named is damaged, or all of them are.
+    """
+    found = problem = None
+    if ranks.is_main:
+        try:
+            found = _find(place, run_folder)
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"--continue_from {place}: {error.filename} cannot be read ({error.strerror}); make it readable"
+    found, problem = ranks.broadcast((found, problem))
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def _find(place: str, run_folder: Path) -> Path | None:
+    if place == "auto":
+        return newest_checkpoint(run_folder)
+    folder = Path(place).resolve()
+    if step_of(folder) >= 0 and folder.is_dir():
+        if damage := damage_of(folder):
+            raise UserError(f"{damage}: continue from an older checkpoint")
+        return folder
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise UserError(f"--continue_from {place}: no checkpoint there; give a folder checkpoints/model_<step>, a run folder, or auto")
+    return newest
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The whole checkpoint with the greatest step in `run_folder`/checkpoints, None if there is no checkpoint at all.
+
+    Warns of each damaged one that is newer. Raises UserError where all are damaged: to start from scratch would be a loss unnoticed.
+    """
+    from loguru import logger
+
+    restore_replaced(run_folder)
+    damages = []
+    for folder in sorted(checkpoints_of(run_folder), key=step_of, reverse=True):
+        damage = damage_of(folder)
+        if damage is None:
+            return folder
+        logger.warning(f"{damage}: {folder.name} is passed over for an older checkpoint")
+        damages.append(damage)
+    if damages:
+        raise UserError(
+            f"no checkpoint in {run_folder / 'checkpoints'} is whole ({damages[0]}): continue from another run, or start anew in another "
+            "--save_dir"
+        )
+    return None
+
+
+def checkpoints_of(run_folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or damaged, in no order; not those that are being written or were set aside."""
+    return [p for p in (run_folder / "checkpoints").glob("model_*") if step_of(p) >= 0 and p.is_dir()]
+
+
+def step_of(folder: Path) -> int:
+    """The number of updates after which a checkpoint was made, -1 for a folder that is named otherwise."""
+    match = re.fullmatch(r"model_([0-9]+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def damage_of(folder: Path, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None where every file is as its manifest says.
+
+    hashes: compare contents; False: only which files there are and their sizes.
+    """
+    manifest = folder / MANIFEST
+    try:
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in json.loads(manifest.read_bytes()).items()}
+    except FileNotFoundError:
+        return f"{manifest} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{manifest} is damaged ({error})"
+    for name in REQUIRED:
+        if name not in expected:
+            return f"{manifest} is damaged (it does not list {name})"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                return f"{path} is damaged (its size is not the manifest's)"
+            if hashes and sha256(path) != digest:
+                return f"{path} is damaged (its SHA-256 is not the manifest's)"
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{path} is missing"
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have, from a damaged manifest
+            return f"{path} cannot be read ({error})"
+    return None
+
+
+def set_aside_newer(run_folder: Path, step: int) -> list[Path]:
+    """A run that goes on from an older checkpoint leaves its later ones behind, the damaged too: rename them to
+    model_<step>.abandoned, so that `auto` does not take one of them for the newest. Returns those that were there."""
+    newer = [p for p in checkpoints_of(run_folder) if step_of(p) > step]
+    for folder in newer:
+        target = folder.with_name(folder.name + ".abandoned")
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    return newer
+
+
+def restore_replaced(run_folder: Path) -> None:
+    """After a kill just between the two renames by which a checkpoint takes the place of one of the same step: the old one again."""
+    for folder in (run_folder / "checkpoints").glob("model_*.replaced"):
+        if not folder.with_suffix("").exists():
+            folder.rename(folder.with_suffix(""))
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------- loading
 
 
 def load_checkpoint(
@@ -39,130 +176,53 @@ def load_checkpoint(
     config: dict | None = None,
     extra: dict[str, nn.Module] | None = None,
 ) -> dict:
-    """Put the weights, optimizer state and random states of a checkpoint that `find_checkpoint` gave in place; returns its `trainer`.
+    """Put a checkpoint's weights, optimizer state and random states in place and return its `trainer` dictionary.
 
-    It may have been made by any number of ranks. config: what the saved config.json must agree with, by default the shapes in that of
-    `model.config`; extra: more modules whose weights were saved, by name (see `Checkpoints.save`).
-    Raises UserError where it is of another model or can no longer be read.
+    folder: as `find_checkpoint` returned it, which has compared its files with the manifest. Ranks beyond those that saved it get
+    random states that follow from rank 0's and the number of the rank. config: what the saved config.json must agree with, by default
+    the shapes in that of `model.config`. extra: see `Checkpoints.save`.
+    Raises UserError where a file cannot be read any more, or where the checkpoint is of another model.
     """
     extra = extra or {}
+    if lacking := next((name for name in extra if not (folder / EXTRA.format(name)).exists()), None):
+        raise UserError(f"{folder} has no weights of {lacking}: it was trained without; give the flags it was trained with")
     try:
-        trainer = json.loads((folder / STATE / "trainer.json").read_text(encoding="utf8"))
-        _check_config(folder, config or _shapes(model.config.to_dict()))
+        trainer = json.loads((folder / TRAINER).read_text(encoding="utf8"))
+        saved_config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
+        saved_random = RANDOM.format(ranks.rank) in json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+        randoms = torch.load(folder / RANDOM.format(ranks.rank if saved_random else 0), weights_only=True)
+        states = torch.load(folder / OPTIMIZER, map_location=ranks.device, weights_only=True)
         weights = load_file(folder / WEIGHTS, device=str(ranks.device))
-        if lacking := next((name for name in extra if not (folder / extra_file(name)).exists()), None):
-            raise UserError(f"{folder} has no weights of {lacking}: it was trained without; give the flags it was trained with")
-        extra_weights = {name: load_file(folder / extra_file(name)) for name in extra}
-        states = torch.load(folder / STATE / "optimizer.pt", map_location=ranks.device, weights_only=True)
-        random_file = folder / STATE / f"random_{ranks.rank}.pt"
-        own = random_file.exists()
-        randomness = torch.load(random_file if own else folder / STATE / "random_0.pt", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} can no longer be read ({error}): start again") from error
+        extra_weights = {name: load_file(folder / EXTRA.format(name)) for name in extra}
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on with advice to load it unsafely
+        raise UserError(f"{folder} cannot be read any more ({reason}): continue from another checkpoint") from error
+    _check_config(folder, saved_config, config or _shapes(model.config.to_dict()))
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.state_dict()) - set(unshared(model))
+    tied = set(model.state_dict()) - set(unshared_state(model))
     if unexpected or set(missing) - tied:
         odd = sorted({*unexpected, *missing} - tied)
         raise UserError(f"{folder} does not fit the model: {odd[0]} is in only one of them; give the --model_config it was trained with")
     for name, module in extra.items():
         module.load_state_dict(extra_weights[name])
     load_optimizer_state_by_name(model, optimizer, states)
-    if own:
-        restore_random_states(randomness, ranks.device)
-    else:  # a rank that the saved run did not have
-        seed_random_generators(
-            int.from_bytes(hashlib.sha256(randomness["torch"].numpy().tobytes() + bytes([ranks.rank])).digest()[:7], "big")
-        )
+    if saved_random:
+        restore_random_states(randoms, ranks.device)
+    else:
+        digest = hashlib.sha256(randoms["torch"].numpy().tobytes() + str(ranks.rank).encode()).digest()
+        seed_random_generators(int.from_bytes(digest[:8], "big"))
     return trainer
 
 
-def find_checkpoint(place: str, run_folder: Path, ranks: Ranks) -> Path | None:
-    """The checkpoint that `--continue_from` means, every file of it compared with its manifest; the same on all ranks.
-
-    place: a checkpoint, a run folder (its newest whole checkpoint), or `auto` (the newest whole one of this run, None if it has
-    none yet). Damaged ones that are newer are warned about and passed over. Raises UserError where there is none or none is whole.
-    """
-    found = problem = None
-    if ranks.is_main:
-        try:
-            found = _find(place, run_folder)
-        except UserError as error:
-            problem = str(error)
-    found, problem = ranks.broadcast((found, problem))
-    if problem:
-        raise UserError(problem)
-    return found
-
-
-def _find(place: str, run_folder: Path) -> Path | None:
-    folder = run_folder if place == "auto" else Path(place).resolve()
-    if place != "auto" and step_of(folder) >= 0 and folder.is_dir():
-        if problem := damage(folder):
-            raise UserError(f"--continue_from {place}: {problem}; give an older checkpoint")
-        return folder
-    problems = []
-    for candidate in sorted(checkpoints_of(folder), key=step_of, reverse=True):
-        problem = damage(candidate)
-        if problem is None:
-            return candidate
-        problems.append(problem)
-        logger.warning(f"{problem}: going back to the checkpoint before")
-    if problems:
-        raise UserError(f"no checkpoint of {folder} is whole: move {folder / 'checkpoints'} away to train from the start")
-    if place != "auto":
-        raise UserError(f"--continue_from {place}: no checkpoint there; give a folder checkpoints/model_<step>, a run folder, or auto")
-    return None
-
-
-def checkpoints_of(run_folder: Path) -> list[Path]:
-    """The checkpoints of a run, damaged or not, in no order; not those that are being written or deleted or were set aside."""
-    return [p for p in (run_folder / "checkpoints").glob("model_*") if step_of(p) >= 0]
-
-
-def set_aside_newer(run_folder: Path, step: int) -> list[Path]:
-    """A run that goes on from an older checkpoint leaves its later ones behind: rename them to model_<step>.abandoned, so that `auto`
-    does not take one of them for the newest. Returns those that were there."""
-    newer = [p for p in checkpoints_of(run_folder) if step_of(p) > step]
-    for folder in newer:
-        target = folder.with_name(folder.name + ".abandoned")
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
-    return newer
-
-
-def step_of(folder: Path) -> int:
-    """The number of updates after which a checkpoint was made, -1 for a folder that is named otherwise."""
-    digits = folder.name.removeprefix("model_")
-    return int(digits) if digits.isdecimal() else -1
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: the file that is missing or is not what the manifest says; None for a whole one."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{folder / MANIFEST} cannot be read ({error})"
-    for name in NEEDED:
-        if name not in expected:
-            return f"{folder / MANIFEST} does not list {name}"
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        try:
-            if path.stat().st_size != size or sha256(path) != digest:
-                return f"{path} is damaged (its size or SHA-256 is not the manifest's)"
-        except (OSError, ValueError) as error:
-            return f"{path} cannot be read ({error})"
-    return None
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+def unshared_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dictionary with a tied head left out: safetensors stores no tensor twice, and transformers ties it again."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor
+    return tensors
 
 
 def optimizer_state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict]:
@@ -176,6 +236,25 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, states:
         if name in states:
             # In another --dtype the moments take the parameters'; the count of steps stays as it is.
             optimizer.state[parameter] = {k: v.to(parameter.dtype) if v.dim() else v for k, v in states[name].items()}
+
+
+def _shapes(config: dict) -> dict:
+    """Of a transformers config what decides which weights there are and what they compute."""
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    keys = (*shape, "tie_word_embeddings", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters")
+    return {key: config.get(key) for key in keys}
+
+
+def _check_config(folder: Path, saved: dict, expected: dict) -> None:
+    for key, now in expected.items():
+        if saved.get(key) != now:
+            raise UserError(
+                f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now}: "
+                "give the model it was trained with, or do not continue from it"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------- random states
 
 
 def seed_random_generators(seed: int) -> None:
@@ -204,36 +283,3 @@ def restore_random_states(states: dict, device: torch.device) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dictionary with a tied head left out: safetensors stores no tensor twice, and transformers ties it again."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
-    return tensors
-
-
-def extra_file(name: str) -> Path:
-    """Where a checkpoint keeps the weights of another module than the model."""
-    return STATE / f"{name}.safetensors"
-
-
-def _shapes(config: dict) -> dict:
-    """Of a transformers config what decides which weights there are and what they compute."""
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    keys = (*shape, "tie_word_embeddings", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters")
-    return {key: config.get(key) for key in keys}
-
-
-def _check_config(folder: Path, expected: dict) -> None:
-    saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    for key, now in expected.items():
-        if saved.get(key) != now:
-            raise UserError(
-                f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now}: "
-                "give the model it was trained with, or do not continue from it"
-            )

@@ -98,7 +98,13 @@ def process_group(single_cuda: bool = False, kind: str | None = None) -> Iterato
         torch.cuda.set_device(device)
     if world_size > 1:
         cuda = device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # Processes that torchrun starts again find the store of those that died, and would connect to their addresses.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE, device_id=device if cuda else None
+        )
     try:
         yield Ranks(int(os.environ.get("RANK", 0)), local_rank, world_size, device)
     finally:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -88,7 +89,7 @@ def clip_gradients(model: nn.Module, greatest_norm: float) -> Tensor:
 
 
 def mean_decay(optimizer: Optimizer) -> float:
-    """The parameter-weighted mean of the groups' decays."""
+    """The parameter-weighted mean of the groups' decays; 0 for AdaDecay, which applies its own."""
     sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
     return sum(n * group["weight_decay"] for n, group in zip(sizes, optimizer.param_groups, strict=True)) / sum(sizes)
 
@@ -147,4 +148,12 @@ def finish(clock: Clock, log: RunLog, ranks: Ranks) -> None:
     log.finish(summary)
     if ranks.is_main:
         logger.info(f"{rate:,.0f} {clock.unit}/s; analyses took {clock.analysing:.2f} s, {clock.analysing / seconds:.2%}")
-        logger.info(f"report: {write_report(log.folder)}")
+        report(log.folder)
+
+
+def report(run_folder: Path) -> None:
+    """Write the run's report; a disk too full for it must not fail a run that has made all its updates."""
+    try:
+        logger.info(f"report: {write_report(run_folder)}")
+    except (OSError, UserError) as error:
+        logger.warning(f"no report ({error}): make it later with python -m peft_pretraining.report {run_folder}")

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -59,11 +59,11 @@ class RunLog:
         unit: str = "tokens",
     ):  # fmt: skip
         self.folder, self.enabled, self.unit = folder, ranks.is_main, unit
-        self._bar, self._wandb, self._lost_records = None, None, False
+        self._bar, self._wandb, self._warned = None, None, False
         if not self.enabled:
             return
         self.description = description | _surroundings(ranks)
-        self._write_description()
+        self._keep(_write_json, folder / RUN, self.description)
         self._wandb = _start_wandb(folder, project, wandb_name, tags, self.description) if project else None
 
     def start_bar(self, total: int, done: int) -> None:
@@ -80,7 +80,7 @@ class RunLog:
         """A logged step or an evaluation: a line of metrics.jsonl, W&B, and the bar."""
         if not self.enabled:
             return
-        self._append(METRICS, [record])
+        self._keep(append_json, self.folder / METRICS, [record])
         if self._wandb is not None:
             self._wandb.log(record)
         if self._bar is not None and "loss" in record:
@@ -90,7 +90,7 @@ class RunLog:
         """New rows of `AlphaDecay.history`: lines of modules.jsonl, and alpha and decay of each module in W&B."""
         if not (self.enabled and records):
             return
-        self._append(MODULES, records)
+        self._keep(append_json, self.folder / MODULES, records)
         if self._wandb is not None:
             values = {f"{what}/{r['module']}": r[what] for r in records for what in ("alpha", "weight_decay") if r[what] is not None}
             self._wandb.log(values | {"update_step": records[0]["step"]})
@@ -99,7 +99,7 @@ class RunLog:
         """Add the run's summary to run.json and close the bar and W&B."""
         if self.enabled:
             self.description["summary"] = summary
-            self._write_description()
+            self._keep(_write_json, self.folder / RUN, self.description)
             self.close()
 
     def close(self) -> None:
@@ -109,18 +109,20 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _append(self, name: str, records: list[dict]) -> None:
+    def _keep(self, write: Callable[[Path, object], None], path: Path, content: object) -> None:
+        """Write records; where the disk is full the training goes on without them, and one warning says so."""
         try:
-            append_json(self.folder / name, records)
-        except OSError as error:  # a full disk ends no training; --on_save_error says what it means for checkpoints
-            if not self._lost_records:
-                logger.warning(f"{self.folder / name} cannot be written ({error.strerror}): lines of it are lost until there is room again")
-            self._lost_records = True
+            write(path, content)
+        except OSError as error:
+            if not self._warned:
+                logger.warning(f"{path} cannot be written ({error.strerror}): records are lost until there is room, training goes on")
+            self._warned = True
 
-    def _write_description(self) -> None:
-        temporary = self.folder / (RUN + ".tmp")
-        temporary.write_text(json.dumps(self.description, indent=2, default=str) + "\n", encoding="utf8")
-        temporary.replace(self.folder / RUN)
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf8")
+    temporary.replace(path)
 
 
 def refuse_to_mix(folder: Path) -> None:
@@ -167,9 +169,16 @@ def _locked(file) -> bool:
 
 
 def append_json(path: Path, records: list[dict]) -> None:
-    """Append records to a file, a line each; the file is made if need be."""
-    with path.open("a", encoding="utf8") as file:
-        file.writelines(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
+    """Append records to a file, a line each, all or (raising OSError) none; the file is made if need be."""
+    lines = memoryview("".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records).encode())
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+        except OSError:
+            file.truncate(end)  # no half line that the next record would run into
+            raise
 
 
 def finite(record: dict) -> dict:
@@ -191,10 +200,13 @@ def carry_records(source: Path, target: Path, step: int) -> None:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a kill
-        target.mkdir(parents=True, exist_ok=True)
         temporary = target / (name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf8")
-        temporary.replace(target / name)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(kept), encoding="utf8")
+            temporary.replace(target / name)
+        except OSError as error:
+            raise UserError(f"{target / name} cannot be written ({error.strerror}): make room there or make it writable") from error
 
 
 def _surroundings(ranks: Ranks) -> dict:

@@ -1,60 +1,65 @@
-"""Writing checkpoints beside the training: whole or not at all, one at a time, old ones deleted as asked."""
+"""Writing checkpoints (their format is in checkpoint.py) while the training goes on."""
 
 import io
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from loguru import logger
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.optim import Optimizer
 
 from peft_pretraining.checkpoint import (
+    CONFIG,
+    EXTRA,
     MANIFEST,
-    STATE,
+    OPTIMIZER,
+    RANDOM,
+    TRAINER,
     WEIGHTS,
     checkpoints_of,
-    extra_file,
+    damage_of,
     optimizer_state_by_name,
     random_states,
+    restore_replaced,
     sha256,
     step_of,
-    unshared,
+    unshared_state,
 )
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 
-ON_SAVE_ERROR = ("continue", "stop")
-BEING_WRITTEN, BEING_DELETED = ".tmp", ".deleted"  # after a checkpoint's name
-
 
 class Checkpoints:
-    """The checkpoints of a run, run_folder/checkpoints/model_<step>.
+    """Saves a run's checkpoints in the background: a thread of rank 0 copies the state while the next update's forward and backward
+    passes run, which only read it, and then writes the copy while the training goes on.
 
-    Rank 0 copies weights and optimizer state into buffers of its own, on a thread, while the next forward and backward pass read them; the
-    update waits for the copy (`before_update`), not for the files. So saving costs rank 0 one more copy of that state in CPU memory.
+    The copy is in CPU memory that is kept for the next save: weights and optimizer state once more on rank 0, pinned on a machine
+    with CUDA (torch rounds each pinned tensor up to a power of two bytes). The thread is no daemon: an ordinary exit waits for it.
 
     Args:
-        keep: so many of the newest remain (None: all), and besides
-        milestone_every: those whose step is a multiple of it.
-        on_error: what a save that fails means: `continue` (the next one tries again) or `stop`.
+        run_folder: gets checkpoints/model_<step>. What a killed run left there half done is removed.
+        keep: how many of the newest checkpoints remain after each save, None: all.
+        milestone_every: checkpoints of a step that is a multiple of this remain beside them.
+        on_error: what a save that fails (a full disk) does to the run: `continue` logs it, and the next save tries again;
+            `stop` makes `failure` tell it. The checkpoints before it stay whole either way.
     """
 
     def __init__(
         self, run_folder: Path, ranks: Ranks, keep: int | None = None, milestone_every: int | None = None, on_error: str = "continue"
     ):
-        self.folder, self.ranks = run_folder / "checkpoints", ranks
-        self.keep, self.milestone_every, self.on_error = keep, milestone_every, on_error
-        self._buffers: dict[str, Tensor] = {}
+        self._run_folder, self._ranks = run_folder, ranks
+        self._keep, self._milestone_every, self._on_error = keep, milestone_every, on_error
         self._thread: threading.Thread | None = None
-        self._copied = threading.Event()
-        self._problem: str | None = None  # of the newest save
+        self._copy = _StateCopy()
+        self._problem: str | None = None  # of the last save
+        self._untold = False
+        if ranks.is_main:
+            remove_leftovers(run_folder)
 
     def save(
         self,
@@ -66,146 +71,185 @@ class Checkpoints:
         config: dict | None = None,
         extra: dict[str, nn.Module] | None = None,
     ) -> None:
-        """Begin to save the state of now; all ranks call it together. Waits for the save before, if that is still being written.
+        """Begin to save the state as it is now; all ranks call it together. It waits for a save that is still in flight, and otherwise
+        returns at once: call `before_update` before weights or optimizer state change.
 
-        trainer: what JSON can hold. tokenizer: anything with `save_pretrained`. config: what goes into config.json, by default
+        trainer: what JSON can hold. tokenizer: anything with `save_pretrained`, or None. config: what goes into config.json, by default
         `model.config` as transformers reads it. extra: more modules whose weights decide the future, by name.
         """
-        randomness = self.ranks.gather(_as_file(random_states(self.ranks.device)))
-        if not self.ranks.is_main:
+        random_file = io.BytesIO()
+        torch.save(random_states(self._ranks.device), random_file)
+        randoms = self._ranks.gather(random_file.getvalue())
+        if not self._ranks.is_main:
             return
-        self._join()
-        weights, states = unshared(model), optimizer_state_by_name(model, optimizer)
-        # The next forward pass writes buffers (BatchNorm's statistics); they are small.
-        weights |= {name: buffer.clone() for name, buffer in model.named_buffers() if name in weights}
-        extra_weights = {name: unshared(module) for name, module in (extra or {}).items()}
+        self._wait()
         if config is None:
             config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(next(model.parameters()).dtype)[6:]}
-        texts = {"config.json": config, f"{STATE}/trainer.json": trainer}
-        texts = {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}  # now, before any of it changes
-        ready = torch.cuda.current_stream().record_event() if self.ranks.device.type == "cuda" else None
-
-        def write(folder: Path) -> None:
-            copied_weights, copied_states, copied_extra = self._copy(weights, states, extra_weights, ready)
-            self._copied.set()
-            for name, text in texts.items():
-                (folder / name).write_text(text, encoding="utf8")
-            for rank, state in enumerate(randomness):
-                (folder / STATE / f"random_{rank}.pt").write_bytes(state)
-            save_file(copied_weights, folder / WEIGHTS, metadata={"format": "pt"})
-            torch.save(copied_states, folder / STATE / "optimizer.pt")
-            for name, tensors in copied_extra.items():
-                save_file(tensors, folder / extra_file(name))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-
-        self._copied.clear()
-        self._problem = None
-        # Not a daemon: an interpreter that ends waits for it.
-        self._thread = threading.Thread(target=self._save, args=(self.folder / f"model_{step}", write), name="checkpoint")
+        weights = unshared_state(model)
+        # The next forward pass writes buffers (BatchNorm's statistics); they are small.
+        weights |= {name: buffer.clone() for name, buffer in model.named_buffers() if name in weights}
+        files = {WEIGHTS: weights} | {EXTRA.format(name): unshared_state(module) for name, module in (extra or {}).items()}
+        documents = {CONFIG: _json(config), TRAINER: _json(trainer)}
+        self._problem, self._untold = None, False
+        self._copy.begin(files, optimizer_state_by_name(model, optimizer))
+        folder = self._run_folder / "checkpoints" / f"model_{step}"
+        arguments = (folder, documents, randoms, tokenizer)
+        self._thread = threading.Thread(target=self._save, args=arguments, name=f"checkpoint {step}", daemon=False)
         self._thread.start()
 
     def before_update(self) -> None:
-        """Call before weights or optimizer state change: waits until they are copied."""
-        if self._thread is not None:
-            self._copied.wait()
+        """Wait until the state of the last `save` is copied, so that weights and optimizer state may change."""
+        self._copy.wait()
 
     def failure(self) -> str | None:
-        """What the newest save failed of, where that is to stop the run."""
-        return self._problem if self.on_error == "stop" else None
+        """With on_error `stop`, on rank 0: why the last save failed, told once; None while there is nothing to end the run for."""
+        untold, self._untold = self._untold, False
+        return self._problem if untold else None
 
     def finish(self) -> None:
-        """Wait for the save under way. Raises UserError where the newest save failed."""
-        self._join()
-        if self._problem:
-            raise UserError(self._problem)
+        """Wait, on all ranks, until the save in flight is on the disk: at the end of a run, which torchrun lets no rank finish after
+        another has failed. Raises UserError where the last save failed, whatever `on_error` says: the run would end without its
+        last checkpoint."""
+        self._wait()
+        problem = self._ranks.broadcast(self._problem)
+        if problem:
+            raise UserError(problem)
 
-    def _join(self) -> None:
+    def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _copy(self, weights: dict[str, Tensor], states: dict[str, dict], extra: dict[str, dict], ready) -> tuple[dict, dict, dict]:
-        """The tensors as they are now, in this object's buffers, which every save uses again."""
-        stream = torch.cuda.Stream(self.ranks.device) if ready else None
-        with torch.cuda.stream(stream):  # None: nothing
-            if stream:
-                stream.wait_event(ready)
-            copied_weights = {name: self._into_buffer(f"weights.{name}", tensor) for name, tensor in weights.items()}
-            copied_states = {
-                name: {k: self._into_buffer(f"{k}.{name}", v) if isinstance(v, Tensor) else v for k, v in state.items()}
-                for name, state in states.items()
-            }
-            copied_extra = {
-                name: {k: self._into_buffer(f"{name}.{k}", tensor) for k, tensor in tensors.items()} for name, tensors in extra.items()
-            }
-        if stream:
-            stream.synchronize()
-        return copied_weights, copied_states, copied_extra
-
-    def _into_buffer(self, name: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return buffer.copy_(tensor.detach(), non_blocking=True)
-
-    def _save(self, folder: Path, write: Callable[[Path], None]) -> None:
-        """On the thread: everything that can fail."""
-        building = folder.with_name(folder.name + BEING_WRITTEN)
+    def _save(self, folder: Path, documents: dict[str, str], randoms: list[bytes], tokenizer) -> None:
+        """What the thread does. It must not fail in silence, whatever happens."""
         try:
-            self._remove_leftovers()
-            (building / STATE).mkdir(parents=True)
-            write(building)
-            publish(building, folder)
+            files, states = self._copy.make()
+            remove_leftovers(self._run_folder)
+            write_checkpoint(folder, files, states, documents, randoms, tokenizer)
         except Exception as error:
-            self._copied.set()
-            shutil.rmtree(building, ignore_errors=True)  # what a full disk has room for again
-            reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else repr(error)
-            self._problem = (
-                f"{folder} could not be saved ({reason}): the checkpoints before it are whole; make room or correct the folder's rights"
-            )
-            logger.error(self._problem)
+            remedy = "make room or make it writable; the checkpoints before it are untouched"
+            self._problem = f"{folder} could not be saved ({_reason(error)}): {remedy}"
+            self._untold = self._on_error == "stop"
+            if not self._untold:
+                logger.warning(f"{self._problem}, training goes on and the next save tries again")
             return
         logger.info(f"saved {folder}")
+        if self._keep is not None:
+            try:
+                delete_old(self._run_folder, self._keep, self._milestone_every)
+            except OSError as error:
+                logger.warning(f"an old checkpoint could not be deleted ({_reason(error)}): the next save tries again")
+
+
+class _StateCopy:
+    """A copy of weights and optimizer state in CPU memory that is used again for the next one."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
+        self._made = threading.Event()  # on CUDA: every copy is in the stream, `_done` comes after the last
+        self._made.set()
+        self._done: torch.cuda.Event | None = None  # until the training's stream waits for it
+
+    def begin(self, files: dict[str, dict[str, torch.Tensor]], states: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Note what to copy, weights by file and optimizer state; the thread that trains calls it."""
+        self._files, self._states = files, states
+        self._ready = None
+        if any(tensor.is_cuda for tensor in files[WEIGHTS].values()):
+            self._stream = self._stream or torch.cuda.Stream()
+            self._ready = torch.cuda.current_stream().record_event()
+        self._made.clear()
+
+    def make(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+        """Copy, and return weights by file and optimizer state as they were noted; the thread that writes calls it."""
+        done = None
         try:
-            self._delete_old()
-        except OSError as error:
-            logger.warning(f"an old checkpoint could not be deleted ({error})")
+            sources = [tensor for part in (*self._files.values(), *self._states.values()) for tensor in part.values()]
+            self._allocate(sources)
+            # One call for all: it runs without the interpreter's lock, which the training needs.
+            if self._ready is None:
+                torch._foreach_copy_(self._buffers, sources)
+            else:
+                with torch.cuda.stream(self._stream):
+                    self._stream.wait_event(self._ready)
+                    torch._foreach_copy_(self._buffers, sources, non_blocking=True)
+                    self._done = done = self._stream.record_event()
+        finally:
+            self._made.set()
+        if done is not None:
+            done.synchronize()
+        copies = iter(self._buffers)
+        files, states = ({name: {key: next(copies) for key in part} for name, part in all.items()} for all in (self._files, self._states))
+        self._files = self._states = None  # a parameter that the training drops shall not live on here
+        return files, states
 
-    def _remove_leftovers(self) -> None:
-        """Of a process that was killed while it wrote or deleted."""
-        for ending in (BEING_WRITTEN, BEING_DELETED):
-            for folder in self.folder.glob(f"model_*{ending}"):
-                shutil.rmtree(folder)
+    def wait(self) -> None:
+        """Until the copy is made. On CUDA it is the device's current stream that waits, not this process."""
+        self._made.wait()
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+            self._done = None
 
-    def _delete_old(self) -> None:
-        steps = sorted(map(step_of, checkpoints_of(self.folder.parent)), reverse=True)
-        for step in steps[self.keep :] if self.keep else ():
-            if not (self.milestone_every and step % self.milestone_every == 0):
-                folder = self.folder / f"model_{step}"
-                doomed = folder.with_name(folder.name + BEING_DELETED)
-                folder.rename(doomed)  # first, so that half a checkpoint is never found under its name
-                shutil.rmtree(doomed)
+    def _allocate(self, sources: list[torch.Tensor]) -> None:
+        if [(t.shape, t.dtype) for t in sources] != [(t.shape, t.dtype) for t in self._buffers]:
+            self._buffers = []  # never two copies at a time
+            self._buffers = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in sources]
 
 
-def _as_file(state: object) -> bytes:
-    """What `torch.save` would write."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+# ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def publish(building: Path, folder: Path) -> None:
-    """Write the manifest, bring every file to the disk, and only then give the checkpoint its name."""
-    files = sorted(p for p in building.rglob("*") if p.is_file())
-    manifest = {p.relative_to(building).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")
-    for path in (*files, building / MANIFEST, building / STATE, building):
-        _sync(path)
-    if folder.exists():  # of a history that was begun again
-        shutil.rmtree(folder)
+def write_checkpoint(
+    folder: Path,
+    weights: dict[str, dict[str, torch.Tensor]],
+    states: dict[str, dict[str, torch.Tensor]],
+    documents: dict[str, str],
+    randoms: list[bytes],
+    tokenizer,
+) -> None:
+    """Write a checkpoint beside its place and give it its name when all of it is on the disk.
+
+    weights: by file name; contiguous, none twice in a file. states: the optimizer's, by parameter name. documents: texts by file name.
+    randoms: the contents of each rank's file.
+    On an error nothing of it remains, and it is raised.
+    """
+    building = folder.with_name(folder.name + ".tmp")
+    try:
+        (building / OPTIMIZER).parent.mkdir(parents=True)
+        for name, tensors in weights.items():
+            save_file(tensors, building / name, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(building)
+        for name, text in documents.items():
+            (building / name).write_text(text, encoding="utf8")
+        for rank, content in enumerate(randoms):
+            (building / RANDOM.format(rank)).write_bytes(content)
+        with (building / OPTIMIZER).open("wb") as file:  # where the disk is full, Python's file says so and torch's own does not
+            torch.save(states, file)
+        files = sorted(p for p in building.rglob("*") if p.is_file())
+        manifest = {p.relative_to(building).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        (building / MANIFEST).write_text(_json(manifest), encoding="utf8")
+        for path in (*building.rglob("*"), building):
+            _sync(path)
+        _give_name(building, folder)
+    except Exception:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _json(thing: dict) -> str:
+    return json.dumps(thing, indent=2) + "\n"
+
+
+def _give_name(building: Path, folder: Path) -> None:
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():
+        folder.rename(replaced)
     building.rename(folder)
-    _sync(folder.parent)
+    for parent in (folder.parent, folder.parent.parent):  # the latter has a new entry at the first save
+        _sync(parent)
+    if replaced.exists():
+        _remove(replaced)
 
 
 def _sync(path: Path) -> None:
@@ -214,3 +258,47 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's words where it is the cause, under whatever a library raised because of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------- deleting
+
+
+def delete_old(run_folder: Path, keep: int, milestone_every: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `milestone_every`.
+
+    A damaged one does not count, and stays: a person may want to see it. Raises OSError where one cannot be renamed.
+    """
+    whole = sorted((p for p in checkpoints_of(run_folder) if damage_of(p, hashes=False) is None), key=step_of)
+    for folder in whole[:-keep]:
+        if milestone_every and step_of(folder) % milestone_every == 0:
+            continue
+        # Under a name that is no checkpoint's first: a kill in between must not leave a damaged one.
+        deleted = folder.with_name(folder.name + ".deleted")
+        folder.rename(deleted)
+        _sync(folder.parent)
+        _remove(deleted)
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Remove what a killed run left half written or half deleted."""
+    restore_replaced(run_folder)
+    for suffix in ("tmp", "deleted", "replaced"):
+        for folder in (run_folder / "checkpoints").glob(f"model_*.{suffix}"):
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning(f"{folder} could not be deleted ({_reason(error)}): the next save tries again")

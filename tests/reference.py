@@ -45,7 +45,7 @@ def fit(values, method="median"):
         high = 1.5 * peak
     best = (math.inf, None, None)
     for i in range(N - 1):
-        if low <= values[i] <= high:
+        if low <= values[i] <= high and values[i] < values[-1]:  # an equal tail has no alpha
             alpha, D = hill(values, i, values[i])
             D = 1.0 if alpha <= 1 else D
             if D < best[0]:
@@ -84,6 +84,9 @@ def decays(scores, eta, mapping, s1, s2, blocks):
         M = len(scores)
         if mapping == "tb_linear_map":
             out.append(eta * ((a - min(scores)) / (max(scores) - min(scores)) * (s2 - s1) + s1))
+        elif mapping == "tb_quantile":
+            places = [j for j, b in enumerate(sorted(scores)) if b == a]
+            out.append(eta * (sum(places) / len(places) / (M - 1) * (s2 - s1) + s1))
         elif mapping == "tb_sqrt":
             out.append(eta * M * math.sqrt(a) / sum(math.sqrt(b) + 1e-8 for b in scores))
         elif mapping == "tb_log2":
@@ -100,3 +103,16 @@ def balanced(model):
     """Names and weights, in named_modules() order, without the first, the last and those of under 50 eigenvalues."""
     found = [(n, m.weight) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     return [(n, w) for n, w in found[1:-1] if np.prod(w.shape) // max(w.shape[:2]) >= 50]
+
+
+def window_eigenvalues(weight):
+    """Pooled eigenvalues of square windows of half the smaller side, at even distances along each side (FARMS)."""
+    w = weight.detach().double().numpy()
+    side = min(w.shape) // 2
+    pooled = []
+    rows, columns = (math.ceil(length / side) for length in w.shape)
+    for i in range(rows):
+        for j in range(columns):
+            top, left = round(i * (w.shape[0] - side) / (rows - 1)), round(j * (w.shape[1] - side) / (columns - 1))
+            pooled += [s * s for s in np.linalg.svd(w[top : top + side, left : left + side], compute_uv=False)]
+    return np.sort(np.array(pooled))

@@ -17,7 +17,7 @@ def test_linear_map_spans_the_range():
 @pytest.mark.parametrize("mapping", MAPS)
 @pytest.mark.parametrize("positive", [True, False])
 def test_equal_scores(mapping, positive):
-    expected = 0.1 * (0.6666 + 3) / 2 if mapping == "tb_linear_map" else 0.1
+    expected = 0.1 * (0.6666 + 3) / 2 if mapping in ("tb_linear_map", "tb_quantile") else 0.1
     for score in (3.0, 1.0, 0.0):
         decays = assign_decays(torch.full((4,), score), 0.1, mapping, positive=positive, blocks=list("aabb"))
         assert decays.tolist() == pytest.approx([expected] * 4)

@@ -37,10 +37,47 @@ def test_the_two_conventions_differ_as_published():
     assert 0.002 < difference < 0.03
 
 
-def test_the_search_blocks_change_nothing(monkeypatch):
+def spectra(seed):
+    """Spectra of many kinds, one after another, of 2 to 200 eigenvalues."""
+    g = torch.Generator().manual_seed(seed)
+    n = [2 + seed, 30, 200][seed % 3]
+    uniform = torch.rand(n, generator=g, dtype=torch.float64)
+    yield "gaussian", torch.linalg.svdvals(torch.randn(n, 2 * n, generator=g, dtype=torch.float64)).flip(0) ** 2
+    yield "square gaussian", torch.linalg.svdvals(torch.randn(n, n, generator=g, dtype=torch.float64)).flip(0) ** 2
+    yield "heavy tail", sample(n, 1.5 + uniform[0], seed)
+    yield "exact power law", (1 - torch.arange(n, dtype=torch.float64) / n) ** -0.7
+    yield "few distinct values", (4 * uniform).floor().add(1).sort().values
+    yield "two clusters", torch.cat([1 + uniform, 1e6 * (2 + uniform)]).sort().values
+    yield "a lone outlier", torch.cat([1 + 0.1 * uniform, torch.tensor([1e5])]).sort().values
+    yield "nearly equal", (1 + 1e-4 * uniform).sort().values
+    yield "tiny", 1e-30 * sample(n, 2.5, seed)
+
+
+@pytest.mark.parametrize("method", ["goodness-of-fit", "fix-finger", "fix-finger-reference"])
+@pytest.mark.parametrize("seed", range(24))
+def test_the_bounds_rule_out_no_winner(method, seed):
+    for kind, values in spectra(seed):
+        alpha, D, threshold = reference.fit(values.tolist(), method)
+        if alpha is None:
+            with pytest.raises(UndefinedPowerLaw):
+                fit_power_law(values, method)
+            continue
+        law = fit_power_law(values, method)
+        assert law.xmin == threshold, kind
+        assert (law.alpha, law.D) == pytest.approx((alpha, D), rel=1e-10), kind
+
+
+def test_of_equal_distances_the_lowest_threshold_wins(monkeypatch):
+    monkeypatch.setattr("alphadecay.power_law._distances", lambda logs, ranks, own, rates, sizes: torch.full((len(own),), 0.5))
+    assert fit_power_law(sample(100, 2.5, 0), "goodness-of-fit").tail == 100
+
+
+@pytest.mark.parametrize("block, numbers", [(7, 2**15), (16, 100), (1, 1)])
+def test_the_search_blocks_change_nothing(monkeypatch, block, numbers):
     values = sample(300, 2.5, 0)
     whole = fit_power_law(values, "goodness-of-fit")
-    monkeypatch.setattr("alphadecay.power_law.BLOCK_ROWS", 7)
+    monkeypatch.setattr("alphadecay.power_law.BLOCK_ROWS", block)
+    monkeypatch.setattr("alphadecay.power_law.ONE_THREAD", numbers)
     assert fit_power_law(values, "goodness-of-fit") == whole
 
 

@@ -1,18 +1,16 @@
-"""Schedule, evaluation, optimizer, arguments and checkpoints, each alone."""
+"""Schedule, evaluation, optimizer, arguments and records, each alone."""
 
 import contextlib
 import json
 import math
-import random
-import shutil
+import resource
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
 import torchrun_main
-from peft_pretraining import checkpoint
+from peft_pretraining import run_log
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate, perplexity
@@ -182,6 +180,8 @@ def test_max_train_tokens(monkeypatch):
         ("--scheduler cosine_restarts", "needs --cycle_length"),
         ("--weight_decay -1", "--weight_decay -1.0: it must be 0 or more"),
         ("--tags " + "x" * 65, "tags of at most 64 characters"),
+        ("--keep_checkpoints 0", "--keep_checkpoints 0: it must be above 0"),
+        ("--keep_every 100", "--keep_every says what --keep_checkpoints N leaves: give that too"),
         ("--lr nan", "--lr nan: it must be above 0"),
         ("--optimiser adam", "unrecognized arguments: --optimiser adam"),
     ],
@@ -191,110 +191,12 @@ def test_bad_arguments(monkeypatch, words, message):
         arguments(monkeypatch, *words.split())
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints and records
-
-
-@pytest.fixture
-def saved(tmp_path):
-    model = small_model()
-    optimizer = build_optimizer("adam", [{"params": list(model.parameters()), "weight_decay": 0.1}], 1e-3)
-    model(torch.arange(20)[None], torch.arange(20)[None]).backward()
-    optimizer.step()
-    folder = tmp_path / "run/checkpoints/model_10"
-    checkpoint.save_checkpoint(folder, model, optimizer, {"progress": {"update_step": 10}}, None, ALONE)
-    return folder, model, optimizer
-
-
-def test_checkpoint_round_trip(saved):
-    folder, model, optimizer = saved
-    expected = torch.rand(3), random.random(), float(np.random.rand())
-    other = small_model()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    # Cut into other groups: state goes by the parameter's name.
-    other_optimizer = build_optimizer("adam", [{"params": [p], "weight_decay": 0.1} for p in other.parameters()], 1e-3)
-    assert checkpoint.load_checkpoint(folder, other, other_optimizer, ALONE) == {"progress": {"update_step": 10}}
-    assert torch.equal(torch.rand(3), expected[0])  # the random states of the moment of saving
-    assert (random.random(), float(np.random.rand())) == expected[1:]
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-        assert all(torch.equal(v, other_optimizer.state[b][k]) for k, v in optimizer.state[a].items())
-
-
-@pytest.mark.parametrize("harm", ["missing", "empty", "cut", "flipped"])
-def test_a_damaged_file_is_named(saved, harm):
-    folder, model, optimizer = saved
-    for name in [*json.loads((folder / "manifest.json").read_text()), "manifest.json"]:
-        path = folder / name
-        content = path.read_bytes()
-        harms = {"empty": b"", "cut": content[: len(content) // 2], "flipped": bytes([content[0] ^ 1]) + content[1:]}
-        path.unlink() if harm == "missing" else path.write_bytes(harms[harm])
-        with pytest.raises(UserError, match=f"{name}.*continue from an older checkpoint"):
-            checkpoint.load_checkpoint(folder, model, optimizer, ALONE)
-        path.write_bytes(content)
-    checkpoint.load_checkpoint(folder, model, optimizer, ALONE)
-
-
-def test_a_checkpoint_of_another_model_is_refused(saved):
-    folder, _, _ = saved
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = build_model(transformers.LlamaConfig(**sizes, pad_token_id=None))
-    with pytest.raises(UserError, match="trained with hidden_size 16, but the model config says 32"):
-        checkpoint.load_checkpoint(folder, model, build_optimizer("adam", [{"params": list(model.parameters())}], 1), ALONE)
-    model = build_model(transformers.LlamaConfig(**sizes | {"hidden_size": 16}, pad_token_id=None, rope_theta=500.0))
-    with pytest.raises(UserError, match="trained with rope_"):
-        checkpoint.load_checkpoint(folder, model, build_optimizer("adam", [{"params": list(model.parameters())}], 1), ALONE)
-
-
-def test_finding_checkpoints(saved):
-    folder, model, optimizer = saved
-    run = folder.parents[1]
-    checkpoint.save_checkpoint(run / "checkpoints/model_9", model, optimizer, {}, None, ALONE)
-    (run / "checkpoints/model_20.tmp").mkdir()
-    (run / "checkpoints/model_30").mkdir()  # no manifest: not whole
-    shutil.copytree(folder, run / "checkpoints/model_40.tmp", dirs_exist_ok=True)  # killed just before it got its name
-    assert checkpoint.find_checkpoint("auto", run) == folder
-    assert checkpoint.find_checkpoint(str(run), run) == folder
-    assert checkpoint.find_checkpoint(str(run / "checkpoints/model_9"), run).name == "model_9"
-    assert checkpoint.find_checkpoint("auto", run / "nothing") is None
-    with pytest.raises(UserError, match="no checkpoint there"):
-        checkpoint.find_checkpoint(str(run / "nothing"), run)
-
-
-def test_later_checkpoints_of_another_history_are_set_aside(saved):
-    folder, model, optimizer = saved
-    checkpoint.save_checkpoint(folder.with_name("model_30"), model, optimizer, {}, None, ALONE)
-    assert checkpoint.set_aside_newer(folder.parents[1], 10) == [folder.with_name("model_30")]
-    assert checkpoint.newest_checkpoint(folder.parents[1]) == folder
-    assert folder.with_name("model_30.abandoned").exists()
-
-
-def test_another_dtype_takes_the_moments_along(saved):
-    folder, _, _ = saved
-    model = small_model().bfloat16()
-    optimizer = build_optimizer("adam", [{"params": list(model.parameters())}], 1e-3)
-    checkpoint.load_checkpoint(folder, model, optimizer, ALONE)
-    model(torch.arange(20)[None], torch.arange(20)[None]).backward()
-    optimizer.step()
-    state = optimizer.state[model.lm_head.weight]
-    assert state["exp_avg"].dtype == torch.bfloat16 and state["step"].dtype == torch.float32 and float(state["step"]) == 2
+# ----------------------------------------------------------------------------------------------------------------- records
 
 
 def test_records_know_no_nan(tmp_path):
     append_json(tmp_path / "metrics.jsonl", [{"loss": math.nan, "perplexity": math.inf, "lr": 0.5}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": null, "perplexity": null, "lr": 0.5}\n'
-
-
-def test_tied_head_is_saved_once(tmp_path):
-    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = build_model(transformers.LlamaConfig(**sizes, pad_token_id=None, tie_word_embeddings=True))
-    optimizer = build_optimizer("adam", [{"params": list(model.parameters())}], 1e-3)
-    checkpoint.save_checkpoint(tmp_path / "model_1", model, optimizer, {}, None, ALONE)
-    checkpoint.load_checkpoint(tmp_path / "model_1", model, optimizer, ALONE)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model_1")
-    ids = torch.arange(20)[None]
-    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_records_are_cut_at_the_checkpoint(tmp_path):
@@ -306,3 +208,27 @@ def test_records_are_cut_at_the_checkpoint(tmp_path):
     carry_records(tmp_path / "a", tmp_path / "b", 3)
     assert [json.loads(x)["update_step"] for x in (tmp_path / "b/metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
     assert [json.loads(x)["step"] for x in (tmp_path / "b/modules.jsonl").read_text().splitlines()] == [0, 3]
+
+
+def test_a_full_disk_costs_records_and_one_warning(tmp_path, monkeypatch):
+    """No line is torn, so that those which come when there is room again are whole."""
+    from loguru import logger
+
+    warnings = []
+    sink = logger.add(lambda message: warnings.append(message.record["message"]), level="WARNING")
+    monkeypatch.setattr(run_log, "_start_wandb", lambda *arguments: None)
+    log = run_log.RunLog(tmp_path, ALONE, {"name": "a"}, "a", [])
+    log.metrics({"update_step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))  # bytes a file may have: half a second line
+    try:
+        log.metrics({"update_step": 2})
+        log.modules([{"step": 2, "module": "a" * 30, "alpha": None, "weight_decay": None}])
+        log.finish({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        logger.remove(sink)
+    log.metrics({"update_step": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"update_step": 1}\n{"update_step": 3}\n'
+    assert json.loads((tmp_path / "run.json").read_text())["name"] == "a"
+    assert len(warnings) == 1 and "metrics.jsonl cannot be written (File too large)" in warnings[0]

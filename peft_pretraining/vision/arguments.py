@@ -89,7 +89,7 @@ def _add_training(g) -> None:
         "--weight_decay_end", type=float, help="eta at the end of a cosine; every module's decay is scaled alike (default: constant)"
     )
     g.add_argument("--opt_eps", type=float, default=1e-8, help="the optimizer's epsilon (default 1e-8)")
-    g.add_argument("--opt_betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"), help="(default 0.9 0.999)")
+    g.add_argument("--opt_betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"), help="(default 0.9 0.999)")
     g.add_argument("--clip_grad", type=float, help="greatest gradient norm (default: none)")
     g.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end of the cosine (default 1e-6)")
     g.add_argument("--warmup_epochs", type=int, default=20, help="of linear warm-up (default 20)")
@@ -146,6 +146,8 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise UserError(f"mixup and cutmix mix images in pairs: give an even --batch_size instead of {args.batch_size}")
     if args.resplit:
         raise UserError("--resplit true needs augmentation splits, which this recipe has not: leave it out")
+    if args.weight_decay_end is not None and args.use_AdaDecay:
+        raise UserError("--use_AdaDecay applies its decays itself, element by element: leave --weight_decay_end out")
     if args.weight_decay_end is not None and not args.weight_decay:
         raise UserError("--weight_decay_end scales --weight_decay, which is 0: give one above 0")
     if args.warmup_epochs > args.epochs and args.warmup_steps < 0:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_pretraining.checkpoint import WEIGHTS, unshared
+from peft_pretraining.checkpoint import WEIGHTS, unshared_state
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.vision.batches import evaluation_crop, normalisation
@@ -145,7 +145,8 @@ def export(model: nn.Module, config: dict, accuracy: dict, folder: Path) -> None
     building, before = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_file(unshared(model), building / WEIGHTS, metadata={"format": "pt"})
+    weights = {name: tensor.contiguous() for name, tensor in unshared_state(model).items()}
+    save_file(weights, building / WEIGHTS, metadata={"format": "pt"})
     for name, content in (("config.json", config), ("accuracy.json", accuracy)):
         (building / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
     shutil.rmtree(before, ignore_errors=True)

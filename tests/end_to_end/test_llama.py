@@ -8,7 +8,11 @@ import shlex
 import pytest
 import torch
 
+from alphadecay.methods import METHODS
 from end_to_end.common import REFERENCE_COMMAND, ROOT, exact, read_lines, run, small, trace
+
+# A method's name settles these.
+PUBLISHED_METHOD = ("--use_modulewise_wd", "--alpha_positively_with_WD", "--esd_metric_for_tb", "alpha", "--assign_func", "tb_linear_map")
 
 
 def test_the_readme_prints_the_reference_command():
@@ -112,6 +116,8 @@ def test_an_existing_run_is_not_overwritten(inputs, reference_run):
         "--use_AWD_NeurIPS2023 --dtype bf16_mixed --optimizer adamw",
         "--activation_checkpointing --scheduler cosine_restarts --cycle_length 2 --grad_clipping 1.0",
         "--use_modulewise_wd --esd_metric_for_tb gradnorm --assign_func layerwise_sigmoid --scheduler linear",
+        "--method type_constant --type_multipliers up_proj=2 --optimizer adamw --cautious_decay --dtype float32",
+        "--method adadecay --dtype bf16_mixed --name adadecay",
     ],
 )
 def test_other_flags_run(inputs, flags, tmp_path):
@@ -121,3 +127,20 @@ def test_other_flags_run(inputs, flags, tmp_path):
     run([*base, *flags.split()], processes=1)
     final = read_lines(tmp_path / "run/metrics.jsonl")[-1]
     assert final["final"] and 3 < final["eval_loss"] < 7
+
+
+@pytest.mark.parametrize(
+    "flags", ["--method adadecay --optimizer adamw", "--method gradnorm --iso_budget --optimizer muon --adamc", "--method one_shot"]
+)
+def test_methods_resume_exactly(inputs, flags, tmp_path):
+    """From the middle the same weights and optimizer as without a stop, and run.json says what the name stands for."""
+    base = exact(inputs, "unused", *flags.split(), num_training_steps=8, unbalancedWD_every=2, save_every=4, eval_every=8)
+    for name, more in (("straight", []), ("resumed", ["--continue_from", tmp_path / "straight/checkpoints/model_4"])):
+        base[base.index("--save_dir") + 1] = tmp_path / name
+        run([word for word in base if word not in PUBLISHED_METHOD] + more, processes=1, environment={"WANDB_MODE": "disabled"})
+    manifests = [json.loads((tmp_path / name / "checkpoints/model_8/manifest.json").read_text()) for name in ("straight", "resumed")]
+    for file in ("model.safetensors", "training_state/optimizer.pt"):
+        assert manifests[0][file] == manifests[1][file]
+    arguments = json.loads((tmp_path / "straight/run.json").read_text())["arguments"]
+    expected = METHODS[arguments["method"]]
+    assert {name: arguments[name] for name in expected} == expected

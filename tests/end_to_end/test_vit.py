@@ -22,7 +22,8 @@ def faulty(inputs, name, fault, *flags, check=False, **changes):
 
 
 def resumed(inputs, name, **changes):
-    run(vit(inputs, name, **changes), script=FAULTY, environment=traced(inputs / name, SCRIPT="main_vit"))
+    done = run(vit(inputs, name, **changes), script=FAULTY, environment=traced(inputs / name, SCRIPT="main_vit"))
+    assert "will not be the one it continues" not in done.stderr
     return comparable(inputs / name)
 
 
