@@ -1,4 +1,5 @@
-"""Command-line arguments of torchrun_main.py: their parser, and the checks that need more than one of them."""
+"""Command-line arguments of torchrun_main.py: their parser, and the checks that need more than one of them. main_vit.py shares the parts
+that are not about text."""
 
 import argparse
 from typing import NoReturn
@@ -26,6 +27,13 @@ def token_count(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: give for instance 100M or 1B") from None
     return count
+
+
+def true_or_false(text: str) -> bool:
+    """A boolean that means what it says: true or false, in any case."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 def llama_parser() -> Parser:
@@ -62,12 +70,7 @@ def _add_model_and_data(g) -> None:
 
 
 def _add_training(g) -> None:
-    g.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="adam",
-        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: torch's for the hidden matrices, adamw for the rest",
-    )  # fmt: skip
-    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    g.add_argument("--weight_decay", type=float, default=1e-5, help="eta, the decay that is scaled for each module (default 1e-5)")
+    add_optimizer(g, lr=1e-3, weight_decay=1e-5)
     g.add_argument("--batch_size", type=int, default=256, help="rows in a micro-batch of one process (default 256)")
     g.add_argument("--total_batch_size", type=int, help="rows in an update, over all processes (default 512)")
     g.add_argument("--gradient_accumulation", type=int, help="micro-batches in an update; follows from the two batch sizes")
@@ -78,10 +81,6 @@ def _add_training(g) -> None:
     g.add_argument("--cycle_length", type=int, help="updates in a cycle of cosine_restarts")
     g.add_argument("--min_lr_ratio", type=float, default=0.1, help="last learning rate over the peak (default 0.1)")
     g.add_argument("--grad_clipping", type=float, default=0.0, help="greatest gradient norm; 0: none (default; the paper's text says 1.0)")
-    g.add_argument(
-        "--max_skipped_updates", type=int, default=10, metavar="N",
-        help="updates whose loss or gradient is not finite are left out; after N in a row the run stops, with a checkpoint (default 10)",
-    )  # fmt: skip
     g.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16",
         help="bfloat16: bf16 parameters, as published (default); bf16_mixed: float32 parameters under bf16 autocast, "
@@ -97,12 +96,33 @@ def _add_run(g) -> None:
     g.add_argument("--save_every", type=int, default=10_000, help="updates between two checkpoints (default 10000); one follows the last")
     g.add_argument("--keep_checkpoints", type=int, metavar="N", help="delete all but the newest N after each save (default: keep all)")
     g.add_argument("--keep_every", type=int, metavar="M", help="checkpoints of every M-th update stay in spite of --keep_checkpoints")
+    g.add_argument("--save_dir", metavar="FOLDER", help="the run folder (default runs/NAME)")
+    g.add_argument("--continue_from", metavar="WHERE", help="a checkpoint, a run folder, or auto: the newest of this run, if any")
+    add_records(g)
+
+
+def add_optimizer(g, lr: float, weight_decay: float) -> None:
+    """The optimizer's flags, with these defaults, to a group of a parser."""
+    g.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adam",
+        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: torch's for the hidden matrices, adamw for the rest",
+    )  # fmt: skip
+    g.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
+    g.add_argument(
+        "--weight_decay", type=float, default=weight_decay, help=f"eta, the decay that is scaled for each module (default {weight_decay:g})"
+    )
+    g.add_argument(
+        "--max_skipped_updates", type=int, default=10, metavar="N",
+        help="updates whose loss or gradient is not finite are left out; after N in a row the run stops, with a checkpoint (default 10)",
+    )  # fmt: skip
+
+
+def add_records(g) -> None:
+    """The flags of a run's name and records to a group of a parser."""
     g.add_argument(
         "--on_save_error", choices=ON_SAVE_ERROR, default="continue",
         help="when a checkpoint cannot be written, as on a full disk: continue and try again with the next (default), or stop",
     )  # fmt: skip
-    g.add_argument("--save_dir", metavar="FOLDER", help="the run folder (default runs/NAME)")
-    g.add_argument("--continue_from", metavar="WHERE", help="a checkpoint, a run folder, or auto: the newest of this run, if any")
     g.add_argument("--name", help="name of the run and its folder (default: --wandb_name, or made of the settings)")
     g.add_argument("--wandb_name", help="name of the run in W&B (default: --name)")
     g.add_argument("--tags", default="", help="W&B tags, separated by commas")
@@ -111,24 +131,21 @@ def _add_run(g) -> None:
 
 def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     """Fill in what follows from other arguments. Raises UserError where they contradict each other."""
-    _check_positive(args)
+    check_numbers(
+        args,
+        ("num_training_steps", "max_train_tokens", "batch_size", "total_batch_size", "gradient_accumulation", "max_length", "eval_every",
+         "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr", "max_skipped_updates", "max_passes",
+         "keep_checkpoints", "keep_every"),
+        ("warmup_steps", "weight_decay", "workers", "grad_clipping", "min_lr_ratio", "seed"),
+    )  # fmt: skip
     _complete_batch(args, world_size)
     _complete_steps(args)
     if args.scheduler == "cosine_restarts" and not args.cycle_length:
         raise UserError("--scheduler cosine_restarts needs --cycle_length N, the updates in a cycle")
     if args.keep_every and not args.keep_checkpoints:
         raise UserError("--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints")
-    if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
-        raise UserError(f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them")
-    method = method_name(args)
-    size = args.model_config.rsplit("/", 1)[-1].removesuffix(".json")
-    settings = f"{size}-{method}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
-    args.name = args.name or args.wandb_name or settings
-    args.wandb_name = args.wandb_name or args.name
+    name_run(args, args.model_config.rsplit("/", 1)[-1].removesuffix(".json"))
     args.save_dir = args.save_dir or f"runs/{args.name}"
-    args.tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]
-    if any(len(tag) > 64 for tag in args.tags):
-        raise UserError("--tags: W&B takes tags of at most 64 characters; separate them by commas")
     return args
 
 
@@ -141,15 +158,25 @@ def method_name(args: argparse.Namespace) -> str:
     return "+".join([name, *(switch for switch in switches if getattr(args, switch))])
 
 
-def _check_positive(args: argparse.Namespace) -> None:
-    positive = ("num_training_steps", "max_train_tokens", "batch_size", "total_batch_size", "gradient_accumulation", "max_length",
-                "eval_every", "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr",
-                "max_skipped_updates", "max_passes", "keep_checkpoints", "keep_every")  # fmt: skip
+def name_run(args: argparse.Namespace, model: str) -> None:
+    """Fill in the names, and check the flags that both scripts have. Raises UserError."""
+    if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
+        raise UserError(f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them")
+    settings = f"{model}-{method_name(args)}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
+    args.name = args.name or args.wandb_name or settings
+    args.wandb_name = args.wandb_name or args.name
+    args.tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]
+    if any(len(tag) > 64 for tag in args.tags):
+        raise UserError("--tags: W&B takes tags of at most 64 characters; separate them by commas")
+
+
+def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
+    """Raise UserError for an argument out of its range; None is in every range."""
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value}: it must be above 0")
-    for name in ("warmup_steps", "weight_decay", "workers", "grad_clipping", "min_lr_ratio", "seed"):
+    for name in not_negative:
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise UserError(f"--{name} {value}: it must be 0 or more")

@@ -32,6 +32,7 @@ from peft_pretraining.errors import UserError
 MANIFEST = "manifest.json"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OPTIMIZER, TRAINER, RANDOM = "training_state/optimizer.pt", "training_state/trainer.json", "training_state/random_{}.pt"
+EXTRA = "training_state/{}.safetensors"
 REQUIRED = (WEIGHTS, CONFIG, TRAINER, OPTIMIZER, RANDOM.format(0))
 
 
@@ -167,29 +168,43 @@ def sha256(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict:
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ranks: Ranks,
+    config: dict | None = None,
+    extra: dict[str, nn.Module] | None = None,
+) -> dict:
     """Put a checkpoint's weights, optimizer state and random states in place and return its `trainer` dictionary.
 
     folder: as `find_checkpoint` returned it, which has compared its files with the manifest. Ranks beyond those that saved it get
-    random states that follow from rank 0's and the number of the rank.
+    random states that follow from rank 0's and the number of the rank. config: what the saved config.json must agree with, by default
+    the shapes in that of `model.config`. extra: see `Checkpoints.save`.
     Raises UserError where a file cannot be read any more, or where the checkpoint is of another model.
     """
+    extra = extra or {}
+    if lacking := next((name for name in extra if not (folder / EXTRA.format(name)).exists()), None):
+        raise UserError(f"{folder} has no weights of {lacking}: it was trained without; give the flags it was trained with")
     try:
         trainer = json.loads((folder / TRAINER).read_text(encoding="utf8"))
-        config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
+        saved_config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
         saved_random = RANDOM.format(ranks.rank) in json.loads((folder / MANIFEST).read_text(encoding="utf8"))
         randoms = torch.load(folder / RANDOM.format(ranks.rank if saved_random else 0), weights_only=True)
         states = torch.load(folder / OPTIMIZER, map_location=ranks.device, weights_only=True)
         weights = load_file(folder / WEIGHTS, device=str(ranks.device))
+        extra_weights = {name: load_file(folder / EXTRA.format(name)) for name in extra}
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on with advice to load it unsafely
         raise UserError(f"{folder} cannot be read any more ({reason}): continue from another checkpoint") from error
-    _check_config(folder, config, model)
+    _check_config(folder, saved_config, config or _shapes(model.config.to_dict()))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.state_dict()) - set(unshared_state(model))
     if unexpected or set(missing) - tied:
         odd = sorted({*unexpected, *missing} - tied)
         raise UserError(f"{folder} does not fit the model: {odd[0]} is in only one of them; give the --model_config it was trained with")
+    for name, module in extra.items():
+        module.load_state_dict(extra_weights[name])
     load_optimizer_state_by_name(model, optimizer, states)
     if saved_random:
         restore_random_states(randoms, ranks.device)
@@ -223,14 +238,19 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, states:
             optimizer.state[parameter] = {k: v.to(parameter.dtype) if v.dim() else v for k, v in states[name].items()}
 
 
-def _check_config(folder: Path, saved: dict, model: nn.Module) -> None:
-    now = model.config.to_dict()
+def _shapes(config: dict) -> dict:
+    """Of a transformers config what decides which weights there are and what they compute."""
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    for key in (*shape, "tie_word_embeddings", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters"):
-        if saved.get(key) != now.get(key):
+    keys = (*shape, "tie_word_embeddings", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters")
+    return {key: config.get(key) for key in keys}
+
+
+def _check_config(folder: Path, saved: dict, expected: dict) -> None:
+    for key, now in expected.items():
+        if saved.get(key) != now:
             raise UserError(
-                f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now.get(key)}: "
-                "give the --model_config it was trained with, or leave --continue_from out"
+                f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now}: "
+                "give the model it was trained with, or do not continue from it"
             )
 
 

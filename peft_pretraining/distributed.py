@@ -56,6 +56,13 @@ class Ranks:
         dist.broadcast_object_list(things)
         return things[0]
 
+    def raise_together(self, problem: str | None) -> None:
+        """Raise UserError on every rank where any of them has a problem; all ranks call it."""
+        problems = self.broadcast(self.gather(problem))
+        for rank, text in enumerate(problems):
+            if text:
+                raise UserError(f"{text} (rank {rank})" if self.world_size > 1 else text)
+
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Rank 0 goes through the block before the others enter it: it fills caches that they then find."""
@@ -72,17 +79,19 @@ def world_size_of_environment() -> int:
 
 
 @contextlib.contextmanager
-def process_group(single_cuda: bool = False) -> Iterator[Ranks]:
+def process_group(single_cuda: bool = False, kind: str | None = None) -> Iterator[Ranks]:
     """Join the other processes of torchrun, if any: gloo for what is on the CPU, nccl for what is on GPUs.
 
-    single_cuda: one process on one GPU; a second process or no GPU is an error.
+    single_cuda: one process on one GPU; a second process or no GPU is an error. kind: `cpu` or `cuda` (default: where there is one).
     """
     world_size, local_rank = world_size_of_environment(), int(os.environ.get("LOCAL_RANK", 0))
     if single_cuda and (world_size > 1 or not torch.cuda.is_available()):
         why = f"torchrun started {world_size} processes" if world_size > 1 else "there is no CUDA device here"
         raise UserError(f"--single_cuda means one process on one GPU, but {why}: leave the flag out")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but there is no CUDA device here: leave the flag out")
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if kind != "cpu" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"process {local_rank} of this node has no GPU: give torchrun --nproc_per_node={torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)

@@ -1,5 +1,8 @@
 """The optimizers of the published runs, and Muon."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch.optim import Optimizer
 
@@ -18,6 +21,19 @@ def build_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float
     if name == "muon":
         return MuonWithAdamW(groups, lr, betas, eps)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+@contextlib.contextmanager
+def scaled_decays(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Inside, every group's weight decay is `factor` times its own, so that ratios between groups stay; afterwards it is its own again."""
+    own = [group["weight_decay"] for group in optimizer.param_groups]
+    for group, decay in zip(optimizer.param_groups, own, strict=True):
+        group["weight_decay"] = decay * factor
+    try:
+        yield
+    finally:
+        for group, decay in zip(optimizer.param_groups, own, strict=True):
+            group["weight_decay"] = decay
 
 
 class MuonWithAdamW(Optimizer):

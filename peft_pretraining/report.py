@@ -41,7 +41,7 @@ INK, PAPER = "#010203", "#010204"
 USUAL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The fields of an evaluation line that the page knows; any other number there (an accuracy, say) is shown under its own name.
 EVALUATION_FIELDS = (
-    "update_step", "eval_loss", "perplexity", "reference_perplexity", "eval_tokens", "eval_seconds", "tokens_seen", "final",
+    "update_step", "eval_loss", "perplexity", "reference_perplexity", "eval_tokens", "eval_images", "eval_seconds", "tokens_seen", "final",
 )  # fmt: skip
 
 
@@ -79,6 +79,11 @@ class Run:
         """The first of these arguments that run.json holds, else None."""
         arguments = section(self.info, "arguments")
         return next((arguments[name] for name in names if arguments.get(name) is not None), None)
+
+    @property
+    def unit(self) -> str:
+        """What the run counts its data in: tokens or images."""
+        return "images" if any("images_seen" in row for row in self.training) else "tokens"
 
     @property
     def eta(self) -> float:
@@ -224,27 +229,27 @@ def smoothing_window(run: Run) -> int:
     return max(5, len(run.training) // 50 | 1)
 
 
-def tokens_per_update(run: Run) -> float:
-    """Mean tokens in one update, for the axis at the top; nan where tokens do not grow in proportion (a run changed its batch)."""
-    steps, tokens = column(run.training, "update_step"), column(run.training, "tokens_seen")
-    known = np.isfinite(tokens) & (steps > 0)
+def seen_per_update(run: Run) -> float:
+    """Mean tokens or images in one update, for the axis at the top; nan where they do not grow in proportion (a run changed its batch)."""
+    steps, seen = column(run.training, "update_step"), column(run.training, f"{run.unit}_seen")
+    known = np.isfinite(seen) & (steps > 0)
     if not known.any():
         return math.nan
-    ratio = tokens[known] / steps[known]
+    ratio = seen[known] / steps[known]
     return float(ratio[-1]) if ratio[-1] > 0 and np.ptp(ratio[len(ratio) // 2 :]) < 0.05 * ratio[-1] else math.nan
 
 
-def tokens_seen(run: Run) -> float:
-    """Tokens trained on so far, from the last line that says so."""
+def seen_so_far(run: Run) -> float:
+    """Tokens or images trained on so far, from the last line that says so."""
     lines = run.training + run.evaluations + [section(run.info, "summary")]
-    known = [value for value in (number(row, "tokens_seen") for row in lines) if math.isfinite(value)]
+    known = [value for value in (number(row, f"{run.unit}_seen") for row in lines) if math.isfinite(value)]
     return max(known, default=math.nan)
 
 
-def tokens_per_second(run: Run) -> float:
-    """The summary's throughput, else the median of the logged ones."""
-    value = number(section(run.info, "summary"), "tokens_per_second")
-    logged = column(run.training, "throughput_tokens")
+def throughput(run: Run) -> float:
+    """Tokens or images a second: the summary's, else the median of the logged ones."""
+    value = number(section(run.info, "summary"), f"{run.unit}_per_second")
+    logged = column(run.training, f"throughput_{run.unit}")
     return value if math.isfinite(value) or not np.isfinite(logged).any() else float(np.nanmedian(logged))
 
 
@@ -375,14 +380,14 @@ def update_axis(axes: Axes, most_ticks: int, label: str = "update") -> None:
     axes.set_xlabel(label)
 
 
-def token_axis(axes: Axes, ratio: float) -> None:
-    """A second x axis at the top: tokens seen, `ratio` of them in each update; nothing where the ratio is unknown."""
+def data_axis(axes: Axes, ratio: float, unit: str) -> None:
+    """A second x axis at the top: tokens or images seen, `ratio` of them in each update; nothing where the ratio is unknown."""
     from matplotlib.ticker import FuncFormatter
 
     if math.isfinite(ratio):
-        top = axes.secondary_xaxis("top", functions=(lambda step: step * ratio, lambda tokens: tokens / ratio))
+        top = axes.secondary_xaxis("top", functions=(lambda step: step * ratio, lambda seen: seen / ratio))
         top.xaxis.set_major_formatter(FuncFormatter(short_number))
-        top.set_xlabel("tokens seen")
+        top.set_xlabel(f"{unit} seen")
         top.spines["top"].set_visible(True)
 
 
@@ -473,7 +478,7 @@ def loss_figure(run: Run) -> Figure:
         figure.align_ylabels([axes, lower])
     lower.set_xlim(left=0, right=last_update(run) * 1.02 or 1)
     update_axis(lower, 8)
-    token_axis(axes, tokens_per_update(run))
+    data_axis(axes, seen_per_update(run), run.unit)
     return figure
 
 
@@ -519,9 +524,10 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
     rate.set_xlim(0, max(last_update(run) for run in runs) * 1.02 or 1)
     update_axis(rate, 8)
     figure.align_ylabels()
-    ratios = [tokens_per_update(run) for run in runs]
-    if np.ptp(ratios) < 0.01 * ratios[0]:  # false for nan: no axis unless every run has the same tokens in an update
-        token_axis(axes, ratios[0])
+    ratios = [seen_per_update(run) for run in runs]
+    same_unit = len({run.unit for run in runs}) == 1
+    if same_unit and np.ptp(ratios) < 0.01 * ratios[0]:  # false for nan: no axis unless every run has as much in an update
+        data_axis(axes, ratios[0], runs[0].unit)
     return figure
 
 
@@ -728,7 +734,7 @@ def method_name(run: Run) -> str:
 
 
 def run_line(run: Run) -> str:
-    """One line that says what the run was: model, size, method, optimizer, eta, updates, tokens, device."""
+    """One line that says what the run was: model, size, method, optimizer, eta, updates, data, device."""
     model = run.argument("model_config", "model", "model_name") or section(run.info, "model_config").get("model_type")
     parts = [Path(model).stem if isinstance(model, str) and model.endswith(".json") else model]
     size, eta, planned = number(run.info, "parameters"), run.eta, run.argument("num_training_steps")
@@ -737,8 +743,8 @@ def run_line(run: Run) -> str:
     parts.append(f"η = {eta:g}" if math.isfinite(eta) else None)
     done = last_update(run)
     parts.append(f"{done:,} of {planned:,} updates" if isinstance(planned, int) and planned != done else f"{done:,} updates")
-    tokens = tokens_seen(run)
-    parts.append(f"{short_number(float(f'{tokens:.3g}'))} tokens" if math.isfinite(tokens) else None)
+    seen = seen_so_far(run)
+    parts.append(f"{short_number(float(f'{seen:.3g}'))} {run.unit}" if math.isfinite(seen) else None)
     parts.append(run.info.get("device"))
     return " · ".join(part if isinstance(part, str) else escape(part) for part in parts if part is not None)
 
@@ -762,13 +768,17 @@ def result_rows(run: Run) -> list[tuple[str, str]]:
         rows.append((f"{word} validation loss", shown(number(evaluation, "eval_loss"))))
         rows.append((f"{word} validation perplexity", shown(number(evaluation, "perplexity"), "{:.2f}")))
         rows.append(("reference perplexity ¹", shown(number(evaluation, "reference_perplexity"), "{:.2f}")))
-        others = [key for key in evaluation if key not in EVALUATION_FIELDS]
-        rows += [(key, shown(number(evaluation, key))) for key in others]
-    rows.append(("tokens seen", shown(tokens_seen(run), "{:,.0f}")))
-    rows.append(("tokens per second", shown(tokens_per_second(run), "{:,.0f}")))
+        rows += [(key, shown(number(evaluation, key))) for key in other_results(evaluation)]
+    rows.append((f"{run.unit} seen", shown(seen_so_far(run), "{:,.0f}")))
+    rows.append((f"{run.unit} per second", shown(throughput(run), "{:,.0f}")))
     rows.append(("seconds of one analysis", shown(seconds, "{:.3g}")))
     rows.append(("analysis, share of the run", shown(100 * share, "{:.2g} %")))
     return [row for row in rows if row[1] != "–"]
+
+
+def other_results(evaluation: dict[str, Any]) -> list[str]:
+    """The fields of an evaluation that are shown under their own names, as accuracies are."""
+    return [key for key in evaluation if key not in EVALUATION_FIELDS]
 
 
 def reference_note(runs: Sequence[Run]) -> str:
@@ -868,18 +878,29 @@ def differing_arguments(runs: Sequence[Run]) -> list[list[str]]:
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
+def comparison_row(run: Run) -> dict[str, str]:
+    """What the table of results says of a run, by the names of its columns."""
+    evaluation, (seconds, share) = final_evaluation(run) or {}, analysis_cost(run)
+    return {
+        "run": run.label,
+        "method": method_name(run),
+        "update": f"{int(evaluation['update_step']):,}" if evaluation else "–",
+        "validation loss": shown(number(evaluation, "eval_loss")),
+        "perplexity": shown(number(evaluation, "perplexity"), "{:.2f}"),
+        "reference perplexity ¹": shown(number(evaluation, "reference_perplexity"), "{:.2f}"),
+        **{key: shown(number(evaluation, key)) for key in other_results(evaluation)},
+        f"{run.unit}/s": shown(throughput(run), "{:,.0f}"),
+        "s per analysis": shown(seconds, "{:.3g}"),
+        "share": shown(100 * share, "{:.2g} %"),
+    }
+
+
 def comparison_page(runs: Sequence[Run]) -> str:
     """The body of a report of several runs: results, what differs, and the curves over one another."""
-    results = []
-    for run in runs:
-        evaluation, (seconds, share) = final_evaluation(run) or {}, analysis_cost(run)
-        results.append([
-            run.label, method_name(run), f"{int(evaluation['update_step']):,}" if evaluation else "–",
-            shown(number(evaluation, "eval_loss")), shown(number(evaluation, "perplexity"), "{:.2f}"),
-            shown(number(evaluation, "reference_perplexity"), "{:.2f}"), shown(tokens_per_second(run), "{:,.0f}"),
-            shown(seconds, "{:.3g}"), shown(100 * share, "{:.2g} %"),
-        ])  # fmt: skip
-    head = ("run", "method", "update", "validation loss", "perplexity", "reference perplexity ¹", "tokens/s", "s per analysis", "share")
+    rows = [comparison_row(run) for run in runs]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    head = [name for name in columns if any(row.get(name, "–") != "–" for row in rows)]
+    results = [[row.get(name, "–") for name in head] for row in rows]
     unfinished = [run.label for run in runs if (final_evaluation(run) or {}).get("final") is not True]
     differences = differing_arguments(runs)
     caption = f"Losses, validation loss minus that of {runs[0].label}, parameter-weighted mean decay, and learning rate."

@@ -50,17 +50,21 @@ class RunLog:
     Args:
         folder: the run folder, which is there (`run_lock`).
         description: what goes into run.json beside versions, device and commit: name, arguments, model_config, parameters.
-        wandb_name, tags: of the W&B run.
+        wandb_name, tags, project: of the W&B run; without a project there is none.
+        unit: what throughput is counted in.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, description: dict, wandb_name: str, tags: list[str]):
-        self.folder, self.enabled = folder, ranks.is_main
+    def __init__(
+        self, folder: Path, ranks: Ranks, description: dict, wandb_name: str, tags: list[str], project: str | None = "alphadecay",
+        unit: str = "tokens",
+    ):  # fmt: skip
+        self.folder, self.enabled, self.unit = folder, ranks.is_main, unit
         self._bar, self._wandb, self._warned = None, None, False
         if not self.enabled:
             return
         self.description = description | _surroundings(ranks)
         self._keep(_write_json, folder / RUN, self.description)
-        self._wandb = _start_wandb(folder, wandb_name, tags, self.description)
+        self._wandb = _start_wandb(folder, project, wandb_name, tags, self.description) if project else None
 
     def start_bar(self, total: int, done: int) -> None:
         """Show a progress bar of updates, where a person watches."""
@@ -80,7 +84,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(record)
         if self._bar is not None and "loss" in record:
-            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['throughput_tokens']:,.0f} tokens/s")
+            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record[f'throughput_{self.unit}']:,.0f} {self.unit}/s")
 
     def modules(self, records: list[dict]) -> None:
         """New rows of `AlphaDecay.history`: lines of modules.jsonl, and alpha and decay of each module in W&B."""
@@ -124,7 +128,9 @@ def _write_json(path: Path, content: dict) -> None:
 def refuse_to_mix(folder: Path) -> None:
     """For a run that begins: raises UserError where its folder holds the records of another."""
     if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
-        raise UserError(f"{folder} already holds a run: go on with it by --continue_from auto, or give another --save_dir or --name")
+        raise UserError(
+            f"{folder} already holds a run: go on with it by --continue_from auto (main_vit.py: --auto_resume true), or use another"
+        )
 
 
 @contextlib.contextmanager
@@ -231,7 +237,7 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _start_wandb(folder: Path, name: str, tags: list[str], config: dict):
+def _start_wandb(folder: Path, project: str, name: str, tags: list[str], config: dict):
     """A W&B run: as WANDB_MODE says, else online where a key is known and offline where not; it never asks for one."""
     try:
         import wandb
@@ -240,7 +246,7 @@ def _start_wandb(folder: Path, name: str, tags: list[str], config: dict):
         return None
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
-    start = functools.partial(wandb.init, project="alphadecay", name=name, tags=tags, config=config, dir=folder, settings=settings)
+    start = functools.partial(wandb.init, project=project, name=name, tags=tags, config=config, dir=folder, settings=settings)
     try:
         run = start(mode=mode)
     except wandb.errors.Error as error:  # a node without internet must train all the same

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from peft_pretraining.checkpoint import (
     CONFIG,
+    EXTRA,
     MANIFEST,
     OPTIMIZER,
     RANDOM,
@@ -60,12 +61,21 @@ class Checkpoints:
         if ranks.is_main:
             remove_leftovers(run_folder)
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, trainer: dict, tokenizer) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        trainer: dict,
+        tokenizer=None,
+        config: dict | None = None,
+        extra: dict[str, nn.Module] | None = None,
+    ) -> None:
         """Begin to save the state as it is now; all ranks call it together. It waits for a save that is still in flight, and otherwise
         returns at once: call `before_update` before weights or optimizer state change.
 
-        model: with `.config`; parameter names as transformers'. trainer: what JSON can hold. tokenizer: anything with
-        `save_pretrained`, or None.
+        trainer: what JSON can hold. tokenizer: anything with `save_pretrained`, or None. config: what goes into config.json, by default
+        `model.config` as transformers reads it. extra: more modules whose weights decide the future, by name.
         """
         random_file = io.BytesIO()
         torch.save(random_states(self._ranks.device), random_file)
@@ -73,10 +83,15 @@ class Checkpoints:
         if not self._ranks.is_main:
             return
         self._wait()
-        config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(next(model.parameters()).dtype)[6:]}
+        if config is None:
+            config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(next(model.parameters()).dtype)[6:]}
+        weights = unshared_state(model)
+        # The next forward pass writes buffers (BatchNorm's statistics); they are small.
+        weights |= {name: buffer.clone() for name, buffer in model.named_buffers() if name in weights}
+        files = {WEIGHTS: weights} | {EXTRA.format(name): unshared_state(module) for name, module in (extra or {}).items()}
         documents = {CONFIG: _json(config), TRAINER: _json(trainer)}
         self._problem, self._untold = None, False
-        self._copy.begin(unshared_state(model), optimizer_state_by_name(model, optimizer))
+        self._copy.begin(files, optimizer_state_by_name(model, optimizer))
         folder = self._run_folder / "checkpoints" / f"model_{step}"
         arguments = (folder, documents, randoms, tokenizer)
         self._thread = threading.Thread(target=self._save, args=arguments, name=f"checkpoint {step}", daemon=False)
@@ -108,9 +123,9 @@ class Checkpoints:
     def _save(self, folder: Path, documents: dict[str, str], randoms: list[bytes], tokenizer) -> None:
         """What the thread does. It must not fail in silence, whatever happens."""
         try:
-            weights, states = self._copy.make()
+            files, states = self._copy.make()
             remove_leftovers(self._run_folder)
-            write_checkpoint(folder, weights, states, documents, randoms, tokenizer)
+            write_checkpoint(folder, files, states, documents, randoms, tokenizer)
         except Exception as error:
             remedy = "make room or make it writable; the checkpoints before it are untouched"
             self._problem = f"{folder} could not be saved ({_reason(error)}): {remedy}"
@@ -136,20 +151,20 @@ class _StateCopy:
         self._made.set()
         self._done: torch.cuda.Event | None = None  # until the training's stream waits for it
 
-    def begin(self, weights: dict[str, torch.Tensor], states: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Note what to copy; the thread that trains calls it."""
-        self._weights, self._states = weights, states
+    def begin(self, files: dict[str, dict[str, torch.Tensor]], states: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Note what to copy, weights by file and optimizer state; the thread that trains calls it."""
+        self._files, self._states = files, states
         self._ready = None
-        if any(tensor.is_cuda for tensor in weights.values()):
+        if any(tensor.is_cuda for tensor in files[WEIGHTS].values()):
             self._stream = self._stream or torch.cuda.Stream()
             self._ready = torch.cuda.current_stream().record_event()
         self._made.clear()
 
-    def make(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-        """Copy, and return weights and optimizer state as they were noted; the thread that writes calls it."""
+    def make(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+        """Copy, and return weights by file and optimizer state as they were noted; the thread that writes calls it."""
         done = None
         try:
-            sources = [*self._weights.values(), *(tensor for state in self._states.values() for tensor in state.values())]
+            sources = [tensor for part in (*self._files.values(), *self._states.values()) for tensor in part.values()]
             self._allocate(sources)
             # One call for all: it runs without the interpreter's lock, which the training needs.
             if self._ready is None:
@@ -164,10 +179,9 @@ class _StateCopy:
         if done is not None:
             done.synchronize()
         copies = iter(self._buffers)
-        weights = {name: next(copies) for name in self._weights}
-        states = {name: {key: next(copies) for key in state} for name, state in self._states.items()}
-        self._weights = self._states = None  # a parameter that the training drops shall not live on here
-        return weights, states
+        files, states = ({name: {key: next(copies) for key in part} for name, part in all.items()} for all in (self._files, self._states))
+        self._files = self._states = None  # a parameter that the training drops shall not live on here
+        return files, states
 
     def wait(self) -> None:
         """Until the copy is made. On CUDA it is the device's current stream that waits, not this process."""
@@ -187,7 +201,7 @@ class _StateCopy:
 
 def write_checkpoint(
     folder: Path,
-    weights: dict[str, torch.Tensor],
+    weights: dict[str, dict[str, torch.Tensor]],
     states: dict[str, dict[str, torch.Tensor]],
     documents: dict[str, str],
     randoms: list[bytes],
@@ -195,14 +209,15 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint beside its place and give it its name when all of it is on the disk.
 
-    weights: contiguous, none twice. states: the optimizer's, by parameter name. documents: texts by file name. randoms: the contents of
-    each rank's file.
+    weights: by file name; contiguous, none twice in a file. states: the optimizer's, by parameter name. documents: texts by file name.
+    randoms: the contents of each rank's file.
     On an error nothing of it remains, and it is raised.
     """
     building = folder.with_name(folder.name + ".tmp")
     try:
         (building / OPTIMIZER).parent.mkdir(parents=True)
-        save_file(weights, building / WEIGHTS, metadata={"format": "pt"})
+        for name, tensors in weights.items():
+            save_file(tensors, building / name, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(building)
         for name, text in documents.items():

@@ -8,11 +8,8 @@ document is read twice or read only to be thrown away.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.loading import loaded
 from peft_pretraining.rows import Rows, Shard, offsets_of
 from peft_pretraining.shards import Shards, read_patiently
 from peft_pretraining.tokenization import Tokenizer
@@ -252,25 +250,4 @@ def _loaded(parts: _Parts, workers: int) -> Iterator:
         multiprocessing_context="spawn",
         generator=torch.Generator(),  # otherwise torch draws from the global generator, and a resumed run drifts from a straight one
     )
-    with _child_signal_as_it_was():
-        items = iter(loader)
-    try:
-        yield from items
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise UserError(
-            f"A process that reads the training stream was killed ({error}), most often because memory ran out; "
-            "give fewer --workers, or more memory, and continue from the last checkpoint."
-        ) from error
-
-
-@contextlib.contextmanager
-def _child_signal_as_it_was() -> Iterator[None]:
-    """Undoes that torch raises an error wherever the main thread is when a worker dies: it is found out when data is asked for."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return loaded(loader, "training stream", "--workers")

@@ -24,6 +24,14 @@ REFERENCE_COMMAND = (
 )
 
 
+VIT_COMMAND = (
+    "torchrun --nproc_per_node=2 --master_port=20023 --master_addr=localhost main_vit.py --model vit_deit_tiny_patch16_224 --drop_path 0.1 "
+    "--batch_size 192 --lr 4e-3 --weight_decay 0.000005 --use_modulewise_wd --alpha_positively_with_WD --unbalancedWD_every 500 "
+    "--esd_metric_for_tb alpha --assign_func tb_linear_map --wd_min_ratio 0.6666 --wd_max_ratio 3 --update_freq 1 --model_ema true "
+    "--model_ema_eval true --data_path IMAGENET --output_dir OUT --wandb_name NAME"
+)
+
+
 def write_config(folder, **changes):
     """A LLaMA small enough for seconds, large enough that every module is balanced."""
     config = json.loads((ROOT / "configs/llama_9m.json").read_text())
@@ -46,6 +54,22 @@ def write_text(folder, documents=600, name="corpus.jsonl"):
                 text.append(rng.choice(after[text[-1]]))
             file.write(json.dumps({"text": " ".join(text)}) + "\n")
     return path
+
+
+def write_images(folder, train=40, val=11, size=32):
+    """Class folders to learn from: a colour for each of four classes, under noise. 160 training images, 44 to validate on."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, colour in zip(("blue", "green", "red", "white"), ((0, 0, 200), (0, 200, 0), (200, 0, 0), (200, 200, 200)), strict=True):
+        for split, count in (("train", train), ("val", val)):
+            place = Path(folder) / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(-120, 56, (size, size, 3))
+                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(place / f"{i:02}.png")
+    return Path(folder)
 
 
 def command(arguments, script="torchrun_main.py", processes=2, options=()):
@@ -89,10 +113,10 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def reference_arguments(**changes):
-    """The published command's arguments, some of them changed or added."""
-    words = shlex.split(REFERENCE_COMMAND)
-    words = words[words.index("torchrun_main.py") + 1 :]
+def reference_arguments(command=REFERENCE_COMMAND, script="torchrun_main.py", **changes):
+    """A published command's arguments, some of them changed or added."""
+    words = shlex.split(command)
+    words = words[words.index(script) + 1 :]
     for flag, value in changes.items():
         if f"--{flag}" in words:
             words[words.index(f"--{flag}") + 1] = str(value)
@@ -111,6 +135,15 @@ def exact(inputs, name, *more, **changes):
     """A run of 40 updates in float32 with analyses and a checkpoint at its half."""
     settings = {"num_training_steps": 40, "unbalancedWD_every": 7, "eval_every": 20, "save_every": 20, "log_every": 1, "dtype": "float32"}
     return [*small(inputs, save_dir=inputs / name, **settings | changes), *more]
+
+
+def vit(inputs, name, *more, **changes):
+    """A run of the published ViT command with a tiny model: 40 updates of 8 images in 2 epochs, analyses, a checkpoint after each epoch."""
+    sizes = {"input_size": 32, "nb_classes": 4, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "num_workers": 1}
+    settings = {"data_path": inputs / "images", "output_dir": inputs / name, "unbalancedWD_every": 7, "log_every": 1}
+    small_model = ["--model_kwargs", "patch_size=8", "depth=2", "embed_dim=64", "num_heads=2"]
+    words = reference_arguments(VIT_COMMAND, "main_vit.py", **sizes | settings | {"weight_decay_end": 1e-6} | changes)
+    return [*words, *small_model, *more]
 
 
 def traced(folder, **more):

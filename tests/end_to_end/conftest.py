@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from end_to_end.common import exact, run, traced, write_config, write_text
+from end_to_end.common import FAULTY, exact, run, traced, vit, write_config, write_images, write_text
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +13,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_config(folder)
     write_text(folder)
+    write_images(folder / "images")
     os.environ["ALPHADECAY_CACHE"] = str(folder / "cache")
     yield folder
     del os.environ["ALPHADECAY_CACHE"]
@@ -21,5 +22,12 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def straight_run(inputs):
     """40 updates on 2 processes, nothing in their way."""
-    run(exact(inputs, "straight"), script="tests/end_to_end/faulty_main.py", environment=traced(inputs / "straight"))
+    run(exact(inputs, "straight"), script=FAULTY, environment=traced(inputs / "straight"))
     return inputs / "straight"
+
+
+@pytest.fixture(scope="session")
+def straight_vit(inputs):
+    """The same of main_vit.py."""
+    run(vit(inputs, "vit"), script=FAULTY, environment=traced(inputs / "vit", SCRIPT="main_vit"))
+    return inputs / "vit"

@@ -1,5 +1,6 @@
-"""torchrun_main.py with a trace of what each rank holds after every update, and with faults that the environment asks for.
+"""torchrun_main.py, or main_vit.py, with a trace of what each rank holds after every update, and with faults that the environment asks for.
 
+SCRIPT=NAME            torchrun_main (the default) or main_vit
 TRACE=FILE             each rank appends a line for each update to FILE.rank<r>: hashes of weights and optimizer, and the decays
 FAULT=WHAT@UPDATE@WHO  in that update, on that rank (or `all`): `kill` (SIGKILL), `nan` (one gradient, before the exchange; `nan+`: from
                        that update on), `data` (no batch), `slow` (takes a minute), `SIGTERM`, `SIGUSR1`, `SIGTERM>agent` (to torchrun)
@@ -7,6 +8,7 @@ FAULT_ONCE=FILE        the fault happens only while FILE is not there, and makes
 """
 
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -18,13 +20,12 @@ from pathlib import Path
 
 import torch
 
-import torchrun_main
 from peft_pretraining.distributed import run_script
 from peft_pretraining.errors import UserError
 
 RANK = int(os.environ.get("RANK", 0))
-forward_backward, training_batches = torchrun_main.forward_backward, torchrun_main.training_batches
-build_optimizer, build_model = torchrun_main.build_optimizer, torchrun_main.build_model
+script = importlib.import_module(os.environ.get("SCRIPT", "torchrun_main"))
+forward_backward, build_optimizer, build_model = script.forward_backward, script.build_optimizer, script.build_model
 now = {"update": None, "nan": False}
 
 
@@ -39,13 +40,27 @@ def fault(what: str, update: int) -> bool:
     return True
 
 
-def batches_with_faults(*arguments, position, total_batch_size, **named):
-    steps = training_batches(*arguments, position=position, total_batch_size=total_batch_size, **named)
-    for update in itertools.count((position["rows"] if position else 0) // total_batch_size + 1):
+def with_faults(steps, done: int):
+    for update in itertools.count(done + 1):
         if fault("data", update):
             raise UserError("corpus.jsonl cannot be read")
         now["update"] = update
         yield next(steps)
+
+
+def put_faults_into_data() -> None:
+    """Into the iterator over this rank's data of each update, which the scripts make in their own ways."""
+    if script.__name__ == "main_vit":
+        training_part = script.training_part
+        script.training_part = lambda args, data, done, ranks: with_faults(training_part(args, data, done, ranks), done)
+        return
+    training_batches = script.training_batches
+
+    def batches_with_faults(*arguments, position, total_batch_size, **named):
+        steps = training_batches(*arguments, position=position, total_batch_size=total_batch_size, **named)
+        return with_faults(steps, (position["rows"] if position else 0) // total_batch_size)
+
+    script.training_batches = batches_with_faults
 
 
 def forward_backward_with_faults(*arguments):
@@ -98,8 +113,8 @@ def digest(tensors: list[torch.Tensor]) -> str:
 
 
 if __name__ == "__main__":
-    torchrun_main.training_batches = batches_with_faults
-    torchrun_main.forward_backward = forward_backward_with_faults
-    torchrun_main.build_model = build_model_with_faults
-    torchrun_main.build_optimizer = build_optimizer_with_trace
-    sys.exit(run_script(torchrun_main.main))
+    put_faults_into_data()
+    script.forward_backward = forward_backward_with_faults
+    script.build_model = build_model_with_faults
+    script.build_optimizer = build_optimizer_with_trace
+    sys.exit(run_script(script.main))
