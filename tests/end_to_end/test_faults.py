@@ -37,11 +37,10 @@ def resumed(inputs, name):
     return comparable(inputs / name)
 
 
-@pytest.mark.parametrize("fault", ["kill@27@1", "kill@33@all"])
-def test_killed_and_resumed_is_bit_exact(inputs, straight_run, fault):
-    """Killed after the checkpoint of update 20, and continued to 40, with updates of the decays on both sides."""
-    name = fault.replace("@", "-")
-    assert faulty(inputs, name, fault, "--continue_from", "auto").returncode != 0
+def test_killed_and_resumed_is_bit_exact(inputs, straight_run):
+    """One rank killed after the checkpoint of update 20, and continued to 40, with updates of the decays on both sides."""
+    name = "killed"
+    assert faulty(inputs, name, "kill@27@1", "--continue_from", "auto").returncode != 0
     assert not (inputs / name / FINAL).exists()
     with (inputs / name / "metrics.jsonl").open("a") as file:
         file.write('{"update_step": 39, "loss": 1')  # a line torn by the kill
@@ -88,7 +87,7 @@ def test_torchrun_restarts_resume_by_themselves(inputs, straight_run):
     assert comparable(inputs / "restarted") == comparable(straight_run)
 
 
-@pytest.mark.parametrize("fault, code", [("SIGUSR1@13@1", 0), ("SIGTERM@26@0", 0), ("SIGTERM>agent@9@0", None)])
+@pytest.mark.parametrize("fault, code", [("SIGUSR1@26@1", 0), ("SIGTERM>agent@9@0", None)])
 def test_a_signal_saves_after_the_current_update(inputs, straight_run, fault, code):
     name = fault.replace("@", "-").replace(">", "-")
     update = int(fault.split("@")[1])
