@@ -101,11 +101,11 @@ def test_a_signal_saves_after_the_current_update(inputs, straight_run, fault, co
 
 def test_a_second_signal_ends_at_once(inputs):
     arguments = exact(inputs, "impatient", num_training_steps=100_000, save_every=100_000, eval_every=100_000)
-    running = subprocess.Popen(
-        command(arguments, FAULTY, processes=1), cwd=ROOT, env=surroundings(traced(inputs / "impatient", FAULT="slow@3@0")),
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_for_update(inputs / "impatient", running, 2)
+    begun = inputs / "impatient.once"
+    environment = surroundings(traced(inputs / "impatient", FAULT="slow@3@0", FAULT_ONCE=str(begun)))
+    running = subprocess.Popen(command(arguments, FAULTY, processes=1), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not begun.exists():
+        time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
     time.sleep(2)
     assert running.poll() is None  # in an update that takes a minute
