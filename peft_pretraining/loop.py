@@ -1,6 +1,7 @@
 """What the training loops of both scripts are made of."""
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,9 +31,11 @@ def data_parallel(model: nn.Module, guard: FiniteGuard, ranks: Ranks, first_pass
     """
     if ranks.world_size == 1:
         return model
-    parallel = nn.parallel.DistributedDataParallel(
-        model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None, broadcast_buffers=False
-    )
+    wrapper = nn.parallel.DistributedDataParallel
+    # torch 2.14 has another name for it, and warns of the old one.
+    names = inspect.signature(wrapper).parameters
+    no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    parallel = wrapper(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None, **no_buffers)
     guard.sum_over_ranks(parallel)
     # After its first pass DistributedDataParallel packs the gradients anew, and may then add them in another order. A resumed
     # run must add in the order of the run that it continues, so every run makes that pass here.
