@@ -29,10 +29,11 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.finite import FiniteGuard
 from peft_pretraining.interruption import StopRequest
+from peft_pretraining.linear_cross_entropy import choose
 from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step, report
-from peft_pretraining.modeling_llama import build_model, load_config
+from peft_pretraining.modeling_llama import build_model, load_config, target_rows
 from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.resuming import begin_records, resume, starting_point
+from peft_pretraining.resuming import begin_records, resume, saved_argument, starting_point
 from peft_pretraining.rows import IGNORED
 from peft_pretraining.saving import Checkpoints
 from peft_pretraining.schedule import lr_factor
@@ -70,7 +71,8 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, packing=args.packing, first=ranks.first,
+            args.validation_file, stream=args.stream, packing=args.packing and (args.packing_attention == "across" or "within"),
+            first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
@@ -79,6 +81,9 @@ def main() -> None:
             model = model.to(torch.bfloat16)
         if args.activation_checkpointing:
             model.gradient_checkpointing_enable()
+        if args.packing_attention == "within":
+            model.confine_attention(data.tokenizer.eos_id)
+        speed_up(args, model, checkpoint, ranks)
         parameters = sum(p.numel() for p in model.parameters())
         logger.info(f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, {ranks.world_size} x {ranks.device.type}")
 
@@ -101,13 +106,27 @@ def main() -> None:
         train(args, model, optimizer, decay, data, progress, checkpoints, log, ranks)
 
 
+def speed_up(args: argparse.Namespace, model: nn.Module, checkpoint: Path | None, ranks: Ranks) -> None:
+    """Settle what `--loss auto` and `--compile auto` mean here, and prepare the model for it."""
+    before = saved_argument(checkpoint, "loss") if checkpoint else None
+    head = model.lm_head.weight
+    tokens = args.batch_size * (args.max_length - 1)
+    args.loss = choose(args.loss, tokens, tuple(head.shape), head.dtype, autocast_of(args, ranks), ranks, before)
+    model.set_loss(args.loss)
+    if args.compile == "auto":
+        args.compile = "on" if ranks.device.type == "cuda" else "off"
+    if args.compile == "on":
+        model.compile_blocks()
+    logger.info(f"loss: {args.loss}, compiled blocks: {args.compile}")
+
+
 # ------------------------------------------------------------------------------------------------------ the training loop
 
 
 def train(
     args, model: nn.Module, optimizer, decay, data, progress: dict, checkpoints: Checkpoints, log: run_log.RunLog, ranks: Ranks
 ) -> None:
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
+    autocast = autocast_of(args, ranks)
     guard = FiniteGuard(optimizer, ranks, args.max_skipped_updates)
     two_tokens = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
     parallel = data_parallel(model, guard, ranks, lambda parallel: parallel(two_tokens, two_tokens))
@@ -185,14 +204,20 @@ def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, 
     """Gradients of one update. Returns this rank's share of the mean loss per target token of the global batch."""
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        input_ids, target_ids = (batch[key].to(ranks.device, non_blocking=True) for key in ("input_ids", "labels"))
+        rows = target_rows(batch["labels"])  # on the CPU: how many there are is not asked of the device
+        rows = rows.pin_memory() if ranks.device.type == "cuda" else rows
+        inputs = (x.to(ranks.device, non_blocking=True) for x in (batch["input_ids"], batch["labels"], rows))
         # Gradients are exchanged with the last micro-batch only.
         synchronise = i == len(micro_batches) - 1 or ranks.world_size == 1
         with contextlib.nullcontext() if synchronise else model.no_sync(), autocast:
-            loss = model(input_ids, target_ids) / max(targets, 1)
+            loss = model(*inputs) / max(targets, 1)
         loss.backward()
         total += loss.detach()
     return total
+
+
+def autocast_of(args: argparse.Namespace, ranks: Ranks) -> torch.autocast:
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
 
 
 def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: run_log.RunLog, ranks: Ranks) -> None:
@@ -217,7 +242,7 @@ def save(args, model: nn.Module, optimizer, decay, data, progress: dict, checkpo
 
 # Arguments that a resumed run must share with the checkpoint to be the same run.
 DECIDES_THE_FUTURE = (
-    "use_hf_model", "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps",
+    "use_hf_model", "loss", "compile", "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps",
     "scheduler", "cycle_length", "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD",
     "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos",
     "filter_zeros", "remove_first_layer", "remove_last_layer", "balance_scope", "esd_async", "esd_lag", "use_AWD_NeurIPS2023",

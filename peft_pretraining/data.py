@@ -16,7 +16,7 @@ import torch
 from peft_pretraining.errors import UserError
 from peft_pretraining.order import RowOrder
 from peft_pretraining.prepared import FORMAT, INDEX, Prepared, is_prepared, open_prepared, prepare
-from peft_pretraining.rows import Rows, tokenize_rows
+from peft_pretraining.rows import Packing, Rows, tokenize_rows
 from peft_pretraining.sources import Source, Split, cache_folder, empty_split_error, open_source, split_documents
 from peft_pretraining.stream import LanePosition, StreamedRows, stream_batches
 from peft_pretraining.tokenization import Tokenizer, load_tokenizer
@@ -51,15 +51,15 @@ def load_data(
     validation_file: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     stream: bool = False,
-    packing: bool = False,
+    packing: Packing = False,
     first: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Data:
     """Opens a source, its tokenizer and its rows, making and caching what is not there yet; or a folder of prepared data.
 
     `tokenizer` None is the one of the prepared folder, else `DEFAULT_TOKENIZER`; `max_length` is in tokens; `target_eval_tokens` bounds
-    the validation set (None: all of it). With `stream` training documents are read while training, as C4's always are; `packing` gives
-    rows without padding, in training and validation. `first` gives a context in which rank 0 runs before the other ranks, who then
-    find the caches. Raises UserError for everything that the user can put right.
+    the validation set (None: all of it). With `stream` training documents are read while training, as C4's always are. `packing` (see
+    `Rows`) is for training and validation. `first` gives a context in which rank 0 runs before the other ranks, who then find the
+    caches. Raises UserError for everything that the user can put right.
     """
     if max_length < 2:
         raise UserError(f"--max_length {max_length} leaves no token to predict; give 2 or more.")
@@ -131,7 +131,7 @@ def _tokenizer_of(prepared: Prepared, name: str | None, vocab_size: int) -> Toke
     return tokenizer
 
 
-def _prepared_data(prepared: Prepared, tokenizer: Tokenizer, max_length: int, target_eval_tokens: int | None, packing: bool) -> Data:
+def _prepared_data(prepared: Prepared, tokenizer: Tokenizer, max_length: int, target_eval_tokens: int | None, packing: Packing) -> Data:
     index = prepared.index
     train, validation = (prepared.rows(name, max_length, packing) for name in ("train", "validation"))
     for name, rows in (("training", train), ("validation", validation)):
