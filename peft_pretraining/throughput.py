@@ -119,7 +119,7 @@ class Work:
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(ranks.device)  # the matrices of a measurement are not the run's
         work = cls(unit, examples, length, flops, total, source, ranks.world_size)
-        logger.info(f"{flops / length / 1e9:.3g} GFLOPs a {unit[:-1]}; peak {total / 1e12:.3g} TFLOP/s ({source})")
+        logger.info(f"{flops / length / 1e9:.3g} GFLOPs per {unit[:-1]}; peak {total / 1e12:.3g} TFLOP/s ({source})")
         return work
 
     def record(self) -> dict[str, float | str]:
