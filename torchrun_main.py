@@ -9,6 +9,7 @@ arguments, set-up, the training loop.
 
 import argparse
 import contextlib
+import gc
 import sys
 import time
 from pathlib import Path
@@ -30,13 +31,14 @@ from peft_pretraining.evaluation import evaluate
 from peft_pretraining.finite import FiniteGuard
 from peft_pretraining.interruption import StopRequest
 from peft_pretraining.linear_cross_entropy import choose
-from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step, report
+from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
 from peft_pretraining.modeling_llama import build_model, load_config, target_rows
 from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.resuming import begin_records, resume, saved_argument, starting_point
 from peft_pretraining.rows import IGNORED
 from peft_pretraining.saving import Checkpoints
 from peft_pretraining.schedule import lr_factor
+from peft_pretraining.throughput import Clock, Work, llama_flops, profiled
 
 AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
 
@@ -101,9 +103,13 @@ def main() -> None:
         if ranks.is_main:
             begin_records(checkpoint, run_folder)
         description = {"name": args.name, "arguments": vars(args), "model_config": config.to_dict(), "parameters": parameters}
-        log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, args.tags)
+        dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+        flops = llama_flops(config, args.max_length) * args.max_length
+        work = Work.of("tokens", args.total_batch_size, args.max_length, flops, dtype, ranks)
+        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags)
         checkpoints = Checkpoints(run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error)
-        train(args, model, optimizer, decay, data, progress, checkpoints, log, ranks)
+        held.enter_context(without_garbage_collection())
+        train(args, model, optimizer, decay, data, progress, work, checkpoints, log, ranks)
 
 
 def speed_up(args: argparse.Namespace, model: nn.Module, checkpoint: Path | None, ranks: Ranks) -> None:
@@ -124,24 +130,26 @@ def speed_up(args: argparse.Namespace, model: nn.Module, checkpoint: Path | None
 
 
 def train(
-    args, model: nn.Module, optimizer, decay, data, progress: dict, checkpoints: Checkpoints, log: run_log.RunLog, ranks: Ranks
+    args, model: nn.Module, optimizer, decay, data, progress: dict, work: Work, checkpoints: Checkpoints, log: run_log.RunLog, ranks: Ranks
 ) -> None:
     autocast = autocast_of(args, ranks)
     guard = FiniteGuard(optimizer, ranks, args.max_skipped_updates)
     two_tokens = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
     parallel = data_parallel(model, guard, ranks, lambda parallel: parallel(two_tokens, two_tokens))
     stop = StopRequest()
+    clock = Clock(work, progress["update_step"], progress["tokens_seen"], ranks.device)
     steps = training_batches(
         data.train, seed=args.seed, position=progress["position"], total_batch_size=args.total_batch_size, batch_size=args.batch_size,
         rank=ranks.rank, world_size=ranks.world_size, workers=args.workers, pin_memory=ranks.device.type == "cuda",
         max_passes=args.max_passes,
     )  # fmt: skip
+    steps = clock.timed(steps)
+    updates = Updates(model, optimizer, decay, args.grad_clipping, guard, checkpoints, clock, log)
     log.modules(decay.history if decay else [])
     log.start_bar(args.num_training_steps, progress["update_step"])
-    clock = Clock(progress["tokens_seen"])
     saved = progress["update_step"]
 
-    for update in range(saved + 1, args.num_training_steps + 1):
+    for update in profiled(range(saved + 1, args.num_training_steps + 1), args.profile, log.folder, ranks):
         step, (tokens, targets), ending = next_step(steps, stop, checkpoints, ranks, count_tokens)
         if ending is None:
             # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
@@ -157,22 +165,9 @@ def train(
             checkpoints.finish()
             return end_early(ending, update - 1, log, "the same command with --continue_from auto goes on")
 
-        norm = clip_gradients(model, args.grad_clipping)
-        guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none
-        checkpoints.before_update()
+        # Clip, leave out what is not finite, set the decays (an analysis every `unbalancedWD_every` updates), step.
         factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * factor
-
-        # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
-        before = time.perf_counter()
-        rebalanced = decay is not None and decay.step(optimizer)
-        clock.analysis_took(time.perf_counter() - before, rebalanced)
-        if rebalanced:
-            log.modules([row for row in decay.history if row["step"] == update])
-        optimizer.step()
-        optimizer.zero_grad()
-        log.advance()
+        norm = updates.make(update, loss, args.lr * factor)
         progress = {"update_step": update, "tokens_seen": progress["tokens_seen"] + tokens, "position": step.position}
 
         last = update == args.num_training_steps
@@ -182,7 +177,7 @@ def train(
             loss = float(ranks.sum(loss))  # this and the norm are the only numbers that the step waits for
             record = {"update_step": update, "loss": loss, "lr": args.lr * factor, "weight_decay": mean_decay(optimizer)}
             record |= {"grad_norm": float(norm), "tokens_seen": progress["tokens_seen"], "skipped_updates": guard.skipped}
-            log.metrics(record | clock.rates(update, progress["tokens_seen"], args.total_batch_size))
+            log.metrics(record | clock.rates(update, progress["tokens_seen"]))
         if evaluates:
             with clock.pause():
                 evaluate_and_log(args, model, data, update, autocast, log, ranks)
@@ -190,6 +185,8 @@ def train(
             with clock.pause():
                 save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
                 saved = update
+        if logs or evaluates or saves:
+            gc.collect()  # on all ranks at once, see without_garbage_collection
     finish(clock, log, ranks)
     checkpoints.finish()
 

@@ -142,6 +142,9 @@ def add_records(g) -> None:
     g.add_argument("--wandb_name", help="name of the run in W&B (default: --name)")
     g.add_argument("--tags", default="", help="W&B tags, separated by commas")
     g.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics.jsonl (default 10)")
+    g.add_argument(
+        "--profile", action="store_true", help="write a torch profiler trace of updates 4 to 6 of this process to RUN/profile/rank0.json.gz"
+    )
 
 
 def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
