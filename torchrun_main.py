@@ -9,6 +9,7 @@ arguments, set-up, the training loop.
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from peft_pretraining.distributed import Ranks, process_group, run_script, world
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.finite import FiniteGuard
+from peft_pretraining.fsdp import exchange_gradients, shard_model
 from peft_pretraining.interruption import StopRequest
 from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step, report
 from peft_pretraining.modeling_llama import build_model, load_config
@@ -74,11 +76,15 @@ def main() -> None:
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
-        model = build_model(config, args.use_hf_model).to(ranks.device)
+        model = build_model(config, args.use_hf_model)
         if args.dtype == "bfloat16":
             model = model.to(torch.bfloat16)
         if args.activation_checkpointing:
             model.gradient_checkpointing_enable()
+        if args.parallel == "fsdp" and ranks.world_size > 1:
+            model = shard_model(model, ranks, args.dtype, args.fsdp_shard_size)  # before anything holds its parameters
+        else:
+            model = model.to(ranks.device)
         parameters = sum(p.numel() for p in model.parameters())
         logger.info(f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, {ranks.world_size} x {ranks.device.type}")
 
@@ -187,8 +193,7 @@ def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, 
     for i, batch in enumerate(micro_batches):
         input_ids, target_ids = (batch[key].to(ranks.device, non_blocking=True) for key in ("input_ids", "labels"))
         # Gradients are exchanged with the last micro-batch only.
-        synchronise = i == len(micro_batches) - 1 or ranks.world_size == 1
-        with contextlib.nullcontext() if synchronise else model.no_sync(), autocast:
+        with exchange_gradients(model, i == len(micro_batches) - 1), autocast:
             loss = model(input_ids, target_ids) / max(targets, 1)
         loss.backward()
         total += loss.detach()
@@ -197,7 +202,9 @@ def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, 
 
 def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: run_log.RunLog, ranks: Ranks) -> None:
     start = time.perf_counter()
-    result = evaluate(model, validation_batches(data.validation, args.batch_size, ranks.rank, ranks.world_size), ranks, autocast)
+    batches = validation_batches(data.validation, args.batch_size, ranks.rank, ranks.world_size)
+    passes = math.ceil(len(data.validation) / (args.batch_size * ranks.world_size))  # of the rank that has most
+    result = evaluate(model, batches, ranks, autocast, passes)
     final = update == args.num_training_steps
     log.metrics({"update_step": update, **result, "eval_seconds": time.perf_counter() - start, "final": final})
     logger.info(
