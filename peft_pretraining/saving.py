@@ -34,6 +34,8 @@ from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.fsdp import FSDPModule, whole_tensor
 
+Tensors = dict[str, dict[str, torch.Tensor]]  # by file and name, or by parameter and name
+
 
 class Checkpoints:
     """Saves a run's checkpoints in the background: a thread of rank 0 copies the state while the next update's forward and backward
@@ -73,7 +75,8 @@ class Checkpoints:
         extra: dict[str, nn.Module] | None = None,
     ) -> None:
         """Begin to save the state as it is now; all ranks call it together. It waits for a save that is still in flight, and otherwise
-        returns at once: call `before_update` before weights or optimizer state change.
+        returns at once (where the model is sharded: once the copy is gathered): call `before_update` before weights or optimizer state
+        change.
 
         trainer: what JSON can hold. tokenizer: anything with `save_pretrained`, or None. config: what goes into config.json, by default
         `model.config` as transformers reads it. extra: more modules whose weights decide the future, by name.
@@ -161,7 +164,7 @@ class _StateCopy:
         self._gathered = False
         self._failure: Exception | None = None  # of `gather`, for the thread that writes to raise
 
-    def begin(self, files: dict[str, dict[str, torch.Tensor]], states: dict[str, dict[str, torch.Tensor]]) -> None:
+    def begin(self, files: Tensors, states: Tensors) -> None:
         """Note what to copy, weights by file and optimizer state; the thread that trains calls it."""
         self._files, self._states = files, states
         self._ready, self._gathered = None, False
@@ -170,7 +173,7 @@ class _StateCopy:
             self._ready = torch.cuda.current_stream().record_event()
         self._made.clear()
 
-    def gather(self, files: dict[str, dict[str, torch.Tensor]], states: dict[str, dict[str, torch.Tensor]], keep: bool) -> None:
+    def gather(self, files: Tensors, states: Tensors, keep: bool) -> None:
         """In place of `begin`, for sharded tensors: copy them now, whole, one at a time; all ranks call it together.
 
         keep: whether this rank is the one that makes the copy. Collectives belong to the thread that trains, hence not in `make`.
@@ -188,7 +191,7 @@ class _StateCopy:
         self._files, self._states = (files, states) if keep else (None, None)
         self._ready = torch.cuda.current_stream().record_event() if keep and sources[0].is_cuda else None
 
-    def make(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+    def make(self) -> tuple[Tensors, Tensors]:
         """Copy, and return weights by file and optimizer state as they were noted; the thread that writes calls it."""
         if self._failure is not None:
             raise self._failure
@@ -210,7 +213,7 @@ class _StateCopy:
             self._made.set()
         return self._result(done)
 
-    def _result(self, done: "torch.cuda.Event | None") -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+    def _result(self, done: "torch.cuda.Event | None") -> tuple[Tensors, Tensors]:
         if done is not None:
             done.synchronize()
         copies = iter(self._buffers)
@@ -236,8 +239,8 @@ class _StateCopy:
 
 def write_checkpoint(
     folder: Path,
-    weights: dict[str, dict[str, torch.Tensor]],
-    states: dict[str, dict[str, torch.Tensor]],
+    weights: Tensors,
+    states: Tensors,
     documents: dict[str, str],
     randoms: list[bytes],
     tokenizer,
