@@ -10,6 +10,7 @@ arguments, set-up, the training loop.
 
 import argparse
 import contextlib
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -34,11 +35,12 @@ from peft_pretraining.distributed import Ranks, process_group, run_script, world
 from peft_pretraining.errors import UserError
 from peft_pretraining.finite import FiniteGuard
 from peft_pretraining.interruption import StopRequest
-from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step, report
-from peft_pretraining.optimizer import build_optimizer, scaled_decays
+from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
+from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.resuming import begin_records, resume, starting_point
 from peft_pretraining.saving import Checkpoints
 from peft_pretraining.schedule import lr_factor
+from peft_pretraining.throughput import BACKWARD, Clock, Work, profiled
 from peft_pretraining.vision.accuracy import evaluate
 from peft_pretraining.vision.arguments import complete, vit_parser
 from peft_pretraining.vision.batches import (
@@ -61,7 +63,6 @@ from peft_pretraining.vision.models import (
     forward_flops,
     load_weights,
     timm_config,
-    utilisation,
 )
 
 AWD_FACTOR = 50  # lambda_awd = 50 * eta in the published ViT runs
@@ -153,9 +154,12 @@ def main() -> None:
             begin_records(checkpoint, run_folder)
         description = {"name": args.name, "arguments": vars(args), "model_config": training.config, "parameters": parameters}
         project = args.project if args.enable_wandb else None
-        log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, args.tags, project, unit="images")
+        dtype = torch.bfloat16 if args.use_amp else torch.float32
+        work = Work.of("images", args.total_batch_size, 1, training.flops * (1 + BACKWARD), dtype, ranks)
+        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags, project, unit="images")
         checkpoints = Checkpoints(run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error)
-        train(args, training, data, schedule, progress, checkpoints, log, ranks)
+        held.enter_context(without_garbage_collection())
+        train(args, training, data, schedule, progress, work, checkpoints, log, ranks)
 
 
 def make_training(args: argparse.Namespace, model: nn.Module) -> Training:
@@ -183,8 +187,8 @@ def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: Ranks) -> No
 
 
 def train(
-    args, training: Training, data: ImageData, schedule: Schedule, progress: dict, checkpoints: Checkpoints, log: run_log.RunLog,
-    ranks: Ranks,
+    args, training: Training, data: ImageData, schedule: Schedule, progress: dict, work: Work, checkpoints: Checkpoints,
+    log: run_log.RunLog, ranks: Ranks,
 ) -> None:  # fmt: skip
     model, optimizer, decay = training.model, training.optimizer, training.decay
     criterion, mixup = loss_and_mixup(args)
@@ -192,13 +196,14 @@ def train(
     parallel = data_parallel(model, guard, ranks, lambda parallel: two_images_through(parallel, args.input_size, ranks))
     statistics = RunningStatistics(model, ranks)
     stop = StopRequest()
-    steps = training_part(args, data, progress["update_step"], ranks)
+    clock = Clock(work, progress["update_step"], progress["images_seen"], ranks.device)
+    steps = clock.timed(training_part(args, data, progress["update_step"], ranks))
+    updates = Updates(model, optimizer, decay, args.clip_grad or 0.0, guard, checkpoints, clock, log)
     log.modules(decay.history if decay else [])
     log.start_bar(schedule.total, progress["update_step"])
-    clock = Clock(progress["images_seen"], unit="images")
     saved = progress["update_step"]
 
-    for update in range(saved + 1, schedule.total + 1):
+    for update in profiled(range(saved + 1, schedule.total + 1), args.profile, log.folder, ranks):
         micro_batches, _, ending = next_step(steps, stop, checkpoints, ranks)
         if ending is None:
             loss = forward_backward(parallel, micro_batches, update, args, criterion, mixup, ranks)
@@ -213,37 +218,25 @@ def train(
             checkpoints.finish()
             return end_early(ending, update - 1, log, "the same command goes on" if args.save_ckpt else "nothing was saved")
 
-        norm = clip_gradients(model, args.clip_grad or 0.0)
-        guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none
-        checkpoints.before_update()
+        # Clip, leave out what is not finite, set the decays (an analysis every `unbalancedWD_every` updates), step.
         lr, eta = rates(args, update, schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
-        before = time.perf_counter()
-        rebalanced = decay is not None and decay.step(optimizer)
-        clock.analysis_took(time.perf_counter() - before, rebalanced)
-        if rebalanced:
-            log.modules([row for row in decay.history if row["step"] == update])
-        with scaled_decays(optimizer, eta):  # of the schedule, over all modules alike
-            optimizer.step()
-        optimizer.zero_grad()
+        norm = updates.make(update, loss, lr, eta)
         statistics.settle(optimizer.found_inf)
         if training.ema:
             training.ema.update(model)
-        log.advance()
         progress = progress | {"update_step": update, "images_seen": progress["images_seen"] + args.total_batch_size}
 
         epochs, inside = divmod(update, schedule.epoch)
         last = update == schedule.total
-        if last or update == 1 or update % args.log_every == 0:
+        logs = last or update % args.log_every == 0
+        evaluates = inside == 0 and not args.disable_eval
+        saves = last or inside == 0 and epochs % args.save_ckpt_freq == 0 or args.save_every and update % args.save_every == 0
+        if logs or update == 1:
             guard.read()
             record = {"update_step": update, "epoch": update / schedule.epoch, "loss": float(ranks.sum(loss)), "lr": lr}
             record |= {"weight_decay": eta * mean_decay(optimizer), "grad_norm": float(norm), "skipped_updates": guard.skipped}
-            record |= {"images_seen": progress["images_seen"]} | clock.rates(update, progress["images_seen"], args.total_batch_size)
-            log.metrics(record | utilisation(args, record["throughput_images"], training.flops, ranks))
-        if inside == 0 and not args.disable_eval:
+            log.metrics(record | {"images_seen": progress["images_seen"]} | clock.rates(update, progress["images_seen"]))
+        if evaluates:
             with clock.pause():
                 try:
                     progress["best"] = evaluate_and_log(args, training, data, progress, last, log, ranks)
@@ -251,10 +244,12 @@ def train(
                     save(args, training, data, progress, checkpoints)
                     checkpoints.finish()
                     raise
-        if last or inside == 0 and epochs % args.save_ckpt_freq == 0 or args.save_every and update % args.save_every == 0:
+        if saves:
             with clock.pause():
                 save(args, training, data, progress, checkpoints)
                 saved = update
+        if logs or evaluates or saves:
+            gc.collect()  # on all ranks at once, see without_garbage_collection
     finish(clock, log, ranks)
     checkpoints.finish()
 

@@ -9,6 +9,7 @@ arguments, set-up, the training loop.
 
 import argparse
 import contextlib
+import gc
 import math
 import sys
 import time
@@ -31,13 +32,15 @@ from peft_pretraining.evaluation import evaluate
 from peft_pretraining.finite import FiniteGuard
 from peft_pretraining.fsdp import exchange_gradients, shard_model
 from peft_pretraining.interruption import StopRequest
-from peft_pretraining.loop import Clock, clip_gradients, data_parallel, end_early, finish, mean_decay, next_step, report
-from peft_pretraining.modeling_llama import build_model, load_config
+from peft_pretraining.linear_cross_entropy import choose
+from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
+from peft_pretraining.modeling_llama import build_model, load_config, target_rows
 from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.resuming import begin_records, resume, starting_point
+from peft_pretraining.resuming import begin_records, resume, saved_argument, starting_point
 from peft_pretraining.rows import IGNORED
 from peft_pretraining.saving import Checkpoints
 from peft_pretraining.schedule import lr_factor
+from peft_pretraining.throughput import Clock, Work, llama_flops, profiled
 
 AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
 
@@ -72,7 +75,8 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, packing=args.packing, first=ranks.first,
+            args.validation_file, stream=args.stream, packing=args.packing and (args.packing_attention == "across" or "within"),
+            first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
@@ -81,6 +85,9 @@ def main() -> None:
             model = model.to(torch.bfloat16)
         if args.activation_checkpointing:
             model.gradient_checkpointing_enable()
+        if args.packing_attention == "within":
+            model.confine_attention(data.tokenizer.eos_id)
+        speed_up(args, model, checkpoint, ranks)
         if args.parallel == "fsdp" and ranks.world_size > 1:
             model = shard_model(model, ranks, args.dtype, args.fsdp_shard_size)  # before anything holds its parameters
         else:
@@ -102,33 +109,53 @@ def main() -> None:
         if ranks.is_main:
             begin_records(checkpoint, run_folder)
         description = {"name": args.name, "arguments": vars(args), "model_config": config.to_dict(), "parameters": parameters}
-        log = run_log.RunLog(run_folder, ranks, description, args.wandb_name, args.tags)
+        dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+        flops = llama_flops(config, args.max_length) * args.max_length
+        work = Work.of("tokens", args.total_batch_size, args.max_length, flops, dtype, ranks)
+        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags)
         checkpoints = Checkpoints(run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error)
-        train(args, model, optimizer, decay, data, progress, checkpoints, log, ranks)
+        held.enter_context(without_garbage_collection())
+        train(args, model, optimizer, decay, data, progress, work, checkpoints, log, ranks)
+
+
+def speed_up(args: argparse.Namespace, model: nn.Module, checkpoint: Path | None, ranks: Ranks) -> None:
+    """Settle what `--loss auto` and `--compile auto` mean here, and prepare the model for it."""
+    before = saved_argument(checkpoint, "loss") if checkpoint else None
+    head = model.lm_head.weight
+    tokens = args.batch_size * (args.max_length - 1)
+    args.loss = choose(args.loss, tokens, tuple(head.shape), head.dtype, autocast_of(args, ranks), ranks, before)
+    model.set_loss(args.loss)
+    if args.compile == "auto":
+        args.compile = "on" if ranks.device.type == "cuda" else "off"
+    if args.compile == "on":
+        model.compile_blocks()
+    logger.info(f"loss: {args.loss}, compiled blocks: {args.compile}")
 
 
 # ------------------------------------------------------------------------------------------------------ the training loop
 
 
 def train(
-    args, model: nn.Module, optimizer, decay, data, progress: dict, checkpoints: Checkpoints, log: run_log.RunLog, ranks: Ranks
+    args, model: nn.Module, optimizer, decay, data, progress: dict, work: Work, checkpoints: Checkpoints, log: run_log.RunLog, ranks: Ranks
 ) -> None:
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
+    autocast = autocast_of(args, ranks)
     guard = FiniteGuard(optimizer, ranks, args.max_skipped_updates)
     two_tokens = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
     parallel = data_parallel(model, guard, ranks, lambda parallel: parallel(two_tokens, two_tokens))
     stop = StopRequest()
+    clock = Clock(work, progress["update_step"], progress["tokens_seen"], ranks.device)
     steps = training_batches(
         data.train, seed=args.seed, position=progress["position"], total_batch_size=args.total_batch_size, batch_size=args.batch_size,
         rank=ranks.rank, world_size=ranks.world_size, workers=args.workers, pin_memory=ranks.device.type == "cuda",
         max_passes=args.max_passes,
     )  # fmt: skip
+    steps = clock.timed(steps)
+    updates = Updates(model, optimizer, decay, args.grad_clipping, guard, checkpoints, clock, log)
     log.modules(decay.history if decay else [])
     log.start_bar(args.num_training_steps, progress["update_step"])
-    clock = Clock(progress["tokens_seen"])
     saved = progress["update_step"]
 
-    for update in range(saved + 1, args.num_training_steps + 1):
+    for update in profiled(range(saved + 1, args.num_training_steps + 1), args.profile, log.folder, ranks):
         step, (tokens, targets), ending = next_step(steps, stop, checkpoints, ranks, count_tokens)
         if ending is None:
             # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
@@ -144,22 +171,9 @@ def train(
             checkpoints.finish()
             return end_early(ending, update - 1, log, "the same command with --continue_from auto goes on")
 
-        norm = clip_gradients(model, args.grad_clipping)
-        guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none
-        checkpoints.before_update()
+        # Clip, leave out what is not finite, set the decays (an analysis every `unbalancedWD_every` updates), step.
         factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * factor
-
-        # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
-        before = time.perf_counter()
-        rebalanced = decay is not None and decay.step(optimizer)
-        clock.analysis_took(time.perf_counter() - before, rebalanced)
-        if rebalanced:
-            log.modules([row for row in decay.history if row["step"] == update])
-        optimizer.step()
-        optimizer.zero_grad()
-        log.advance()
+        norm = updates.make(update, loss, args.lr * factor)
         progress = {"update_step": update, "tokens_seen": progress["tokens_seen"] + tokens, "position": step.position}
 
         last = update == args.num_training_steps
@@ -169,7 +183,7 @@ def train(
             loss = float(ranks.sum(loss))  # this and the norm are the only numbers that the step waits for
             record = {"update_step": update, "loss": loss, "lr": args.lr * factor, "weight_decay": mean_decay(optimizer)}
             record |= {"grad_norm": float(norm), "tokens_seen": progress["tokens_seen"], "skipped_updates": guard.skipped}
-            log.metrics(record | clock.rates(update, progress["tokens_seen"], args.total_batch_size))
+            log.metrics(record | clock.rates(update, progress["tokens_seen"]))
         if evaluates:
             with clock.pause():
                 evaluate_and_log(args, model, data, update, autocast, log, ranks)
@@ -177,6 +191,8 @@ def train(
             with clock.pause():
                 save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
                 saved = update
+        if logs or evaluates or saves:
+            gc.collect()  # on all ranks at once, see without_garbage_collection
     finish(clock, log, ranks)
     checkpoints.finish()
 
@@ -191,13 +207,19 @@ def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, 
     """Gradients of one update. Returns this rank's share of the mean loss per target token of the global batch."""
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        input_ids, target_ids = (batch[key].to(ranks.device, non_blocking=True) for key in ("input_ids", "labels"))
+        rows = target_rows(batch["labels"])  # on the CPU: how many there are is not asked of the device
+        rows = rows.pin_memory() if ranks.device.type == "cuda" else rows
+        inputs = (x.to(ranks.device, non_blocking=True) for x in (batch["input_ids"], batch["labels"], rows))
         # Gradients are exchanged with the last micro-batch only.
         with exchange_gradients(model, i == len(micro_batches) - 1), autocast:
-            loss = model(input_ids, target_ids) / max(targets, 1)
+            loss = model(*inputs) / max(targets, 1)
         loss.backward()
         total += loss.detach()
     return total
+
+
+def autocast_of(args: argparse.Namespace, ranks: Ranks) -> torch.autocast:
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
 
 
 def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: run_log.RunLog, ranks: Ranks) -> None:
@@ -224,7 +246,7 @@ def save(args, model: nn.Module, optimizer, decay, data, progress: dict, checkpo
 
 # Arguments that a resumed run must share with the checkpoint to be the same run.
 DECIDES_THE_FUTURE = (
-    "use_hf_model", "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps",
+    "use_hf_model", "loss", "compile", "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps",
     "scheduler", "cycle_length", "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD",
     "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos",
     "filter_zeros", "remove_first_layer", "remove_last_layer", "balance_scope", "esd_async", "esd_lag", "use_AWD_NeurIPS2023",

@@ -5,10 +5,12 @@ import argparse
 from typing import NoReturn
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.linear_cross_entropy import LOSSES
 from peft_pretraining.optimizer import OPTIMIZERS
 from peft_pretraining.schedule import SCHEDULERS
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
+PACKING_ATTENTION = ("across", "within")
 ON_SAVE_ERROR = ("continue", "stop")
 PARALLEL = ("ddp", "fsdp")
 
@@ -63,8 +65,12 @@ def _add_model_and_data(g) -> None:
     g.add_argument("--max_passes", type=int, metavar="N", help="stop before data is seen more than N times (default: go on)")
     g.add_argument(
         "--packing", action="store_true",
-        help="rows without pads, in training and validation: documents joined by the end-of-sequence id and cut into windows; "
-        "attention sees across documents",
+        help="rows without pads, in training and validation: documents joined by the end-of-sequence id and cut into windows",
+    )  # fmt: skip
+    g.add_argument(
+        "--packing_attention", choices=PACKING_ATTENTION, default="across",
+        help="what a token of a packed row sees: across: all before it (default); within: those of its own document, and no document's "
+        "first token is predicted, as in padded rows",
     )  # fmt: skip
     g.add_argument("--workers", type=int, default=8, help="processes that read and tokenize a stream, for each rank (default 8)")
     g.add_argument("--seed", type=int, default=5, help="of the initial weights and of the order of the data (default 5)")
@@ -86,6 +92,15 @@ def _add_training(g) -> None:
         "--dtype", choices=DTYPES, default="bfloat16",
         help="bfloat16: bf16 parameters, as published (default); bf16_mixed: float32 parameters under bf16 autocast, "
         "recommended for new runs: small decays are not rounded away; float32",
+    )  # fmt: skip
+    g.add_argument(
+        "--loss", choices=("auto", *LOSSES), default="auto",
+        help="how the head's cross-entropy is computed; all give the same numbers. chunked: never holds the logits of all tokens; plain: "
+        "does; torch, liger: their own. auto: chunked on a CPU; on a GPU the fastest of those at hand, measured at the start (default)",
+    )  # fmt: skip
+    g.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto",
+        help="compile the blocks with torch.compile; auto: where there is a GPU (default). On a CPU it needs a C++ compiler",
     )  # fmt: skip
     g.add_argument("--activation_checkpointing", action="store_true", help="compute activations again in the backward pass: less memory")
     g.add_argument(
@@ -137,6 +152,9 @@ def add_records(g) -> None:
     g.add_argument("--wandb_name", help="name of the run in W&B (default: --name)")
     g.add_argument("--tags", default="", help="W&B tags, separated by commas")
     g.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics.jsonl (default 10)")
+    g.add_argument(
+        "--profile", action="store_true", help="write a torch profiler trace of updates 4 to 6 of this process to RUN/profile/rank0.json.gz"
+    )
 
 
 def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
@@ -153,6 +171,9 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     _complete_steps(args)
     if args.scheduler == "cosine_restarts" and not args.cycle_length:
         raise UserError("--scheduler cosine_restarts needs --cycle_length N, the updates in a cycle")
+    if args.packing_attention == "within" and (args.use_hf_model or not args.packing):
+        why = "the built-in model: leave --use_hf_model out" if args.use_hf_model else "packed rows: add --packing"
+        raise UserError(f"--packing_attention within is for {why}")
     if args.keep_every and not args.keep_checkpoints:
         raise UserError("--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints")
     name_run(args, args.model_config.rsplit("/", 1)[-1].removesuffix(".json"))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from peft_pretraining.errors import UserError
 from peft_pretraining.order import RowOrder
 from peft_pretraining.prepared import FORMAT, INDEX, Prepared, is_prepared, open_prepared, prepare
-from peft_pretraining.rows import Rows, tokenize_rows
+from peft_pretraining.rows import Packing, Rows, tokenize_rows
 from peft_pretraining.sources import Source, Split, cache_folder, empty_split_error, open_source, split_documents
 from peft_pretraining.stream import LanePosition, StreamedRows, stream_batches
 from peft_pretraining.tokenization import Tokenizer, load_tokenizer
@@ -51,15 +52,15 @@ def load_data(
     validation_file: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     stream: bool = False,
-    packing: bool = False,
+    packing: Packing = False,
     first: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Data:
     """Opens a source, its tokenizer and its rows, making and caching what is not there yet; or a folder of prepared data.
 
     `tokenizer` None is the one of the prepared folder, else `DEFAULT_TOKENIZER`; `max_length` is in tokens; `target_eval_tokens` bounds
-    the validation set (None: all of it). With `stream` training documents are read while training, as C4's always are; `packing` gives
-    rows without padding, in training and validation. `first` gives a context in which rank 0 runs before the other ranks, who then
-    find the caches. Raises UserError for everything that the user can put right.
+    the validation set (None: all of it). With `stream` training documents are read while training, as C4's always are. `packing` (see
+    `Rows`) is for training and validation. `first` gives a context in which rank 0 runs before the other ranks, who then find the
+    caches. Raises UserError for everything that the user can put right.
     """
     if max_length < 2:
         raise UserError(f"--max_length {max_length} leaves no token to predict; give 2 or more.")
@@ -131,7 +132,7 @@ def _tokenizer_of(prepared: Prepared, name: str | None, vocab_size: int) -> Toke
     return tokenizer
 
 
-def _prepared_data(prepared: Prepared, tokenizer: Tokenizer, max_length: int, target_eval_tokens: int | None, packing: bool) -> Data:
+def _prepared_data(prepared: Prepared, tokenizer: Tokenizer, max_length: int, target_eval_tokens: int | None, packing: Packing) -> Data:
     index = prepared.index
     train, validation = (prepared.rows(name, max_length, packing) for name in ("train", "validation"))
     for name, rows in (("training", train), ("validation", validation)):
@@ -204,8 +205,8 @@ def training_batches(
     Goes on from `position` (None: the beginning), which `merge_positions` made of any number of ranks' positions. Rank r has the
     rows [r, r + 1) * total_batch_size / world_size of each global batch, in their order. What a global batch holds depends on
     `seed` and its number alone (for a stream on the seed that it was opened with, and on `total_batch_size`). `workers` processes
-    read a stream; `Rows` are quick to read and need none. Raises UserError where the batch sizes do not divide, where `position`
-    does not fit the data, and where the data has been gone through `max_passes` times.
+    read a stream; of `Rows` a thread reads the next step while one is being used. Raises UserError where the batch sizes do not
+    divide, where `position` does not fit the data, and where the data has been gone through `max_passes` times.
     """
     if min(batch_size, total_batch_size) < 1 or total_batch_size % (batch_size * world_size):
         raise UserError(
@@ -222,6 +223,7 @@ def training_batches(
         raise UserError("The position to continue from is one of a stream; give the --dataset it was trained with, and --stream.")
     else:
         parts = _row_parts(train, RowOrder(seed, len(train)), seen, total_batch_size, own, max_passes)
+        return _one_ahead(_steps(parts, seen, total_batch_size, batch_size, pin_memory), pin_memory)
     return _steps(parts, seen, total_batch_size, batch_size, pin_memory)
 
 
@@ -241,6 +243,21 @@ def _steps(parts: Iterator[tuple[Batch, np.ndarray, dict]], seen: int, total: in
         f"The training data ends after {seen // total:,} updates of {total:,} rows; "
         "give more data or fewer --num_training_steps, or leave --max_passes out."
     )
+
+
+def _one_ahead(steps: Iterator[Step], on_gpu: bool) -> Iterator[Step]:
+    """The same steps, endless or ended by an error; a thread makes the next one while one is being used.
+
+    Pages of the disk, checksums and pinned copies so cost the training nothing. An error comes in place of its own step.
+    """
+    # Threads begin on the first GPU; pinning would make a context there for each process of the node.
+    device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else (None, ())
+    with ThreadPoolExecutor(1, "data", *device) as thread:
+        coming = thread.submit(next, steps)
+        while True:
+            step = coming.result()
+            coming = thread.submit(next, steps)
+            yield step
 
 
 def _micro_batches(batch: Batch, size: int, pin_memory: bool) -> list[Batch]:

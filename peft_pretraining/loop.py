@@ -1,11 +1,13 @@
 """What the training loops of both scripts are made of."""
 
 import contextlib
+import gc
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn as nn
@@ -18,9 +20,11 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.finite import FiniteGuard
 from peft_pretraining.fsdp import FSDPModule, watch_gradients, whole_tensor
 from peft_pretraining.interruption import StopRequest
+from peft_pretraining.optimizer import scaled_decays
 from peft_pretraining.report import write_report
 from peft_pretraining.run_log import RunLog
 from peft_pretraining.saving import Checkpoints
+from peft_pretraining.throughput import Clock
 
 StepType = TypeVar("StepType")
 
@@ -86,6 +90,56 @@ def end_early(ending: Exception, update: int, log: RunLog, advice: str) -> None:
     logger.warning(f"{ending}: stopped after update {update}; {advice}")
 
 
+class Decays(Protocol):
+    """AlphaDecay, or a baseline with its face."""
+
+    history: list[dict]
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Whether the groups have new decays."""
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What follows an update's gradients, alike in both scripts.
+
+    Args:
+        decay: sets the groups' decays; None: they stay as they are.
+        greatest_norm: of all gradients together; 0: any.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    decay: Decays | None
+    greatest_norm: float
+    guard: FiniteGuard
+    checkpoints: Checkpoints
+    clock: Clock
+    log: RunLog
+
+    def make(self, update: int, loss: Tensor, lr: float, eta: float = 1.0) -> Tensor:
+        """Clip, judge, set learning rate and decays, step. Returns the gradients' norm before it was clipped, a scalar on the device.
+
+        loss: this rank's share, a scalar on the device. eta: multiplies all decays in this update, so that their ratios stay.
+        """
+        norm = clip_gradients(self.model, self.greatest_norm)
+        self.guard.judge(update, loss, norm)  # what is not finite on one rank is applied on none
+        self.checkpoints.before_update()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
+        before = time.perf_counter()
+        rebalanced = self.decay is not None and self.decay.step(self.optimizer)
+        self.clock.analysis_took(time.perf_counter() - before, rebalanced)
+        if rebalanced:
+            self.log.modules([row for row in self.decay.history if row["step"] == update])
+        with scaled_decays(self.optimizer, eta):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.log.advance()
+        return norm
+
+
 def clip_gradients(model: nn.Module, greatest_norm: float) -> Tensor:
     """The L2 norm of all gradients together, which is brought down to `greatest_norm` where that is not 0."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -101,60 +155,34 @@ def mean_decay(optimizer: Optimizer) -> float:
     return sum(n * group["weight_decay"] for n, group in zip(sizes, optimizer.param_groups, strict=True)) / sum(sizes)
 
 
-class Clock:
-    """Seconds of training without evaluations and checkpoints, and how many of them the analyses took.
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Inside, Python looks for garbage only where `gc.collect` is called: anywhere else one rank's collection would keep all waiting.
 
-    Args:
-        seen: what the run has been trained on before, in
-        unit: `tokens` (no pads) or `images`.
+    What is there at the start, hundreds of thousands of objects of the libraries, is not looked at again: a collection takes a millisecond.
     """
-
-    def __init__(self, seen: int, unit: str = "tokens"):
-        self.unit = unit
-        self.started = self.last = time.perf_counter()
-        self.paused = self.analysing = 0.0
-        self.analyses = 0
-        self.first_seen = self.last_seen = seen
-        self.last_update = None
-
-    @contextlib.contextmanager
-    def pause(self):
-        start = time.perf_counter()
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
         yield
-        self.paused += time.perf_counter() - start
-        self.last += time.perf_counter() - start
-
-    def analysis_took(self, seconds: float, rebalanced: bool) -> None:
-        self.analysing += seconds
-        self.analyses += rebalanced
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started - self.paused
-
-    def rates(self, update: int, seen: int, examples: int) -> dict[str, float]:
-        """Throughput since the last call: units, examples (`examples` in an update) and updates a second."""
-        now = time.perf_counter()
-        updates = update - (self.last_update if self.last_update is not None else update - 1)
-        elapsed, new = max(now - self.last, 1e-9), seen - self.last_seen
-        self.last, self.last_seen, self.last_update = now, seen, update
-        rates = {self.unit: new / elapsed, "examples": updates * examples / elapsed, "batches": updates / elapsed}
-        return {f"throughput_{name}": rate for name, rate in rates.items()} | {"seconds": self.seconds()}
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def finish(clock: Clock, log: RunLog, ranks: Ranks) -> None:
     """Summary and report."""
-    seconds = clock.seconds()
-    rate = (clock.last_seen - clock.first_seen) / seconds
-    summary = {
-        "train_seconds": seconds,
-        f"{clock.unit}_per_second": rate,
-        "analyses": clock.analyses,
-        "analysis_seconds": clock.analysing,
-        "analysis_share": clock.analysing / seconds,
-    }
+    summary, unit = clock.summary(), clock.work.unit
     log.finish(summary)
     if ranks.is_main:
-        logger.info(f"{rate:,.0f} {clock.unit}/s; analyses took {clock.analysing:.2f} s, {clock.analysing / seconds:.2%}")
+        logger.info(
+            f"{summary[f'{unit}_per_second']:,.0f} {unit}/s, MFU {summary['mfu']:.1%}; waiting for data took "
+            f"{summary['data_wait_seconds']:.2f} s, {summary['data_wait_share']:.2%}; analyses took "
+            f"{summary['analysis_seconds']:.2f} s, {summary['analysis_share']:.2%}"
+        )
         report(log.folder)
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.linear_cross_entropy import LOSSES
 from peft_pretraining.rows import IGNORED
 
 
@@ -79,14 +80,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         self.grouped = config.num_key_value_heads != config.num_attention_heads
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
         q, k, v = (
             projection(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(attended.transpose(1, 2).reshape(batch, seq, -1))
 
 
@@ -111,8 +112,8 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -127,19 +128,50 @@ class Decoder(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.rope_theta = _rope_parameters(config)["rope_theta"]
         self.gradient_checkpointing = False
+        self.end_of_document: int | None = None  # with this id attention stays within documents
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
         rotation = rotation_of_positions(input_ids.shape[1], self.head_dim, self.rope_theta, x.device, x.dtype)
+        mask = None if self.end_of_document is None else within_documents(input_ids, self.end_of_document)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotation, use_reentrant=False)
+                x = checkpoint(layer, x, rotation, mask, use_reentrant=False)
             else:
-                x = layer(x, rotation)
+                x = layer(x, rotation, mask)
         return self.norm(x)
 
 
-class LlamaForCausalLM(nn.Module):
+class Trainable:
+    """What the training loop asks of a model, beside transformers' parameter names. Of the class that mixes it in: `model` gives hidden
+    states, `lm_head` holds the head's weight [vocab, hidden]."""
+
+    def set_loss(self, name: str) -> None:
+        """How the loss is computed: one of `LOSSES`."""
+        self.loss = LOSSES[name]()
+
+    def summed_loss(self, hidden: Tensor, labels: Tensor, rows: Tensor | None) -> Tensor:
+        """Sum of the negative log-likelihoods (nats, float32) of each label given the tokens before it.
+
+        Args:
+            hidden: [batch, seq, hidden].
+            labels: [batch, seq], unshifted, -100 where there is no target.
+            rows: `target_rows(labels)`, where the caller knows them. Found here otherwise, and a GPU waited for.
+        """
+        rows = target_rows(labels) if rows is None else rows
+        return self.loss(hidden.flatten(0, 1).index_select(0, rows), self.lm_head.weight, labels.flatten().index_select(0, rows + 1))
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks with torch.compile: one graph, which all of them share, for static shapes.
+
+        Not the whole model: gradients of a block are exchanged while those of the block below are computed. Names of modules and
+        parameters stay as they are.
+        """
+        for layer in self.model.layers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+
+
+class LlamaForCausalLM(Trainable, nn.Module):
     """The whole model. `model(input_ids)` gives logits [batch, seq, vocab]; `model(input_ids, labels)` the summed loss."""
 
     def __init__(self, config: LlamaConfig):
@@ -151,6 +183,7 @@ class LlamaForCausalLM(nn.Module):
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.set_loss("chunked")
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -160,18 +193,31 @@ class LlamaForCausalLM(nn.Module):
         """Keep only the blocks' inputs for the backward pass and compute the rest again (slower, less memory)."""
         self.model.gradient_checkpointing = True
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [batch, seq, vocab], or with labels [batch, seq] (unshifted, -100 where there is no target) the sum of the
-        negative log-likelihoods (nats, float32) of each label given the tokens before it."""
+    def confine_attention(self, end_of_document: int) -> None:
+        """Let no token of a packed row see the documents before its own; each document ends with this id.
+
+        Rotary positions count: attention depends on distances alone, so they need no reset.
+        """
+        self.model.end_of_document = end_of_document
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Logits [batch, seq, vocab], or with labels [batch, seq] the summed loss, see `summed_loss`."""
         hidden = self.model(input_ids)
-        if labels is None:
-            return self.lm_head(hidden)
-        return summed_loss(self.lm_head(hidden[:, :-1]), labels[:, 1:])
+        return self.lm_head(hidden) if labels is None else self.summed_loss(hidden, labels, rows)
 
 
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of cross-entropies in float32; logits [batch, seq, vocab], targets [batch, seq] with -100 for none."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+def target_rows(labels: Tensor) -> Tensor:
+    """Where a token has a target after it: indices of the flattened labels [batch, seq], int64 [n]."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().squeeze(1)
+
+
+def within_documents(input_ids: Tensor, end: int) -> Tensor:
+    """Which token may see which: itself and those before it in its document, which ends with the id `end`. Boolean [batch, 1, seq, seq]."""
+    ends = input_ids == end
+    documents = ends.cumsum(1) - ends.int()  # its end belongs to a document
+    seq = input_ids.shape[1]
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=input_ids.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
 def rotation_of_positions(seq: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -193,9 +239,11 @@ def build_model(config: LlamaConfig, use_hf_model: bool = False) -> nn.Module:
         return LlamaForCausalLM(config)
     from transformers import LlamaForCausalLM as TransformersLlama
 
-    class TransformersLlamaWithLoss(TransformersLlama):
-        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-            logits = super().forward(input_ids, use_cache=False).logits
-            return logits if labels is None else summed_loss(logits[:, :-1], labels[:, 1:])
+    class TransformersLlamaWithLoss(Trainable, TransformersLlama):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+            hidden = self.model(input_ids, use_cache=False).last_hidden_state
+            return self.lm_head(hidden) if labels is None else self.summed_loss(hidden, labels, rows)
 
-    return TransformersLlamaWithLoss(config)
+    model = TransformersLlamaWithLoss(config)
+    model.set_loss("chunked")
+    return model

@@ -32,7 +32,7 @@ import torch
 
 from peft_pretraining.encoding import Encoded, encoding
 from peft_pretraining.errors import UserError
-from peft_pretraining.rows import Rows, Shard, offsets_of, token_dtype
+from peft_pretraining.rows import Packing, Rows, Shard, offsets_of, token_dtype
 from peft_pretraining.sources import Source, Split, empty_split_error
 from peft_pretraining.tokenization import Tokenizer, load_tokenizer
 
@@ -90,7 +90,7 @@ class Prepared:
     index: dict
     remedy: str
 
-    def rows(self, split: str, max_length: int, packing: bool = False) -> Rows:
+    def rows(self, split: str, max_length: int, packing: Packing = False) -> Rows:
         """The rows of `train` or `validation`. Raises UserError where a file is missing or damaged."""
         dtype = token_dtype(self.index["tokenizer"]["vocab_size"])
         shards = tuple(_open_shard(self.folder, record, dtype, self.remedy) for record in self.index["splits"][split])

@@ -253,6 +253,13 @@ def throughput(run: Run) -> float:
     return value if math.isfinite(value) or not np.isfinite(logged).any() else float(np.nanmedian(logged))
 
 
+def utilisation(run: Run) -> float:
+    """MFU, pads counted: the summary's, else the median of the logged ones."""
+    value = number(section(run.info, "summary"), "mfu")
+    logged = column(run.training, "mfu")
+    return value if math.isfinite(value) or not np.isfinite(logged).any() else float(np.nanmedian(logged))
+
+
 def last_update(run: Run) -> int:
     """The greatest update step that the run has logged."""
     return max(int(row["update_step"]) for row in (run.training + run.evaluations))
@@ -771,6 +778,7 @@ def result_rows(run: Run) -> list[tuple[str, str]]:
         rows += [(key, shown(number(evaluation, key))) for key in other_results(evaluation)]
     rows.append((f"{run.unit} seen", shown(seen_so_far(run), "{:,.0f}")))
     rows.append((f"{run.unit} per second", shown(throughput(run), "{:,.0f}")))
+    rows.append(("MFU", shown(100 * utilisation(run), "{:.1f} %")))
     rows.append(("seconds of one analysis", shown(seconds, "{:.3g}")))
     rows.append(("analysis, share of the run", shown(100 * share, "{:.2g} %")))
     return [row for row in rows if row[1] != "–"]
@@ -890,6 +898,7 @@ def comparison_row(run: Run) -> dict[str, str]:
         "reference perplexity ¹": shown(number(evaluation, "reference_perplexity"), "{:.2f}"),
         **{key: shown(number(evaluation, key)) for key in other_results(evaluation)},
         f"{run.unit}/s": shown(throughput(run), "{:,.0f}"),
+        "MFU": shown(100 * utilisation(run), "{:.1f} %"),
         "s per analysis": shown(seconds, "{:.3g}"),
         "share": shown(100 * share, "{:.2g} %"),
     }

@@ -1,13 +1,14 @@
 """How a run begins: at its start, or where a checkpoint stands."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch.nn as nn
 from loguru import logger
 from torch.optim import Optimizer
 
-from peft_pretraining.checkpoint import checkpoints_of, find_checkpoint, load_checkpoint, set_aside_newer, step_of
+from peft_pretraining.checkpoint import TRAINER, checkpoints_of, find_checkpoint, load_checkpoint, set_aside_newer, step_of
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.interruption import was_restarted
@@ -67,6 +68,11 @@ def resume(
         raise UserError(f"{checkpoint} has made all {total_updates} updates already: give more --num_training_steps or --epochs")
     logger.info(f"continue from {checkpoint}")
     return trainer["progress"]
+
+
+def saved_argument(checkpoint: Path, name: str):
+    """An argument of the run that made a checkpoint, None where it had none of that name. The file is whole: see `find_checkpoint`."""
+    return json.loads((checkpoint / TRAINER).read_text(encoding="utf8"))["arguments"].get(name)
 
 
 def begin_records(checkpoint: Path | None, run_folder: Path) -> None:

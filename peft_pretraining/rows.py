@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from peft_pretraining.encoding import text_batches
 from peft_pretraining.tokenization import Tokenizer
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+Packing = bool | Literal["within"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Rows:
 
     Row i is document i, cut to `max_length`, its last id then replaced by `eos_id`. With `packing` it is the i-th window of
     `max_length` tokens of the documents joined one after another; windows lie within a shard, whose last incomplete one is left out.
+    `packing` "within": besides, no document's first token has a label, for a model that does not see the document before it.
     `most` bounds the number of rows.
     """
 
@@ -44,7 +47,7 @@ class Rows:
     max_length: int
     pad_id: int
     eos_id: int
-    packing: bool = False
+    packing: Packing = False
     most: int | None = None
 
     def __len__(self) -> int:
@@ -67,7 +70,7 @@ class Rows:
 
     @property
     def target_tokens(self) -> int:
-        """Ids that a model is scored on, one fewer than its length in each row."""
+        """Ids that a model is scored on, one fewer than its length in each row; with `packing` "within" it is scored on fewer."""
         return int(self.lengths.sum()) - len(self)
 
     def unigram_entropy(self) -> float:
@@ -98,7 +101,7 @@ class Rows:
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
         if self.packing:
-            return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(ids.copy())}
+            return packed_batch(ids, self.eos_id if self.packing == "within" else None)
         ids[np.arange(len(ids)), lengths - 1] = self.eos_id  # the end of a document that was cut
         # What is padding follows from lengths: the filler may be an id that documents hold too.
         labels = np.where(np.arange(self.max_length) < lengths[:, None], ids, IGNORED)
@@ -118,11 +121,19 @@ class Rows:
         return replace(self, most=min(int(np.searchsorted(reached, target_tokens)) + 1, len(self)))
 
 
+def packed_batch(ids: np.ndarray, end: int | None) -> dict[str, torch.Tensor]:
+    """Packed rows, int64 [batch, max_length], and their labels; with the id that ends documents none for what comes after it."""
+    labels = ids.copy()
+    if end is not None:
+        labels[:, 1:][ids[:, :-1] == end] = IGNORED
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+
+
 # ------------------------------------------------------------------------------------------------------------------ in memory
 
 
 def tokenize_rows(
-    documents: Iterable[str], tokenizer: Tokenizer, max_length: int, target_tokens: int | None = None, packing: bool = False
+    documents: Iterable[str], tokenizer: Tokenizer, max_length: int, target_tokens: int | None = None, packing: Packing = False
 ) -> Rows:
     """Tokenises documents into memory, until `target_tokens` targets are reached (None: all)."""
     parts, counts, total, reached = [], [], 0, 0

@@ -19,7 +19,7 @@ import torch
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.loading import loaded
-from peft_pretraining.rows import Rows, Shard, offsets_of
+from peft_pretraining.rows import Packing, Rows, Shard, offsets_of, packed_batch
 from peft_pretraining.shards import Shards, read_patiently
 from peft_pretraining.tokenization import Tokenizer
 
@@ -64,7 +64,7 @@ class StreamedRows:
     documents: Shards
     tokenizer: Tokenizer
     max_length: int
-    packing: bool = False
+    packing: Packing = False
 
     def lanes(self, total_batch_size: int) -> int:
         """The number of lanes: the greatest divisor of the global batch that is neither above `MOST_LANES` nor the number of shards."""
@@ -136,8 +136,7 @@ class StreamedRows:
 
     def _batch(self, rows: list[str] | list[np.ndarray]) -> dict[str, torch.Tensor]:
         if self.packing:
-            ids = torch.from_numpy(np.stack(rows))
-            return {"input_ids": ids, "labels": ids}
+            return packed_batch(np.stack(rows), self.tokenizer.eos_id if self.packing == "within" else None)
         tokens, lengths = self.tokenizer.encode(rows)
         shard = Shard(tokens, offsets_of(lengths))
         return Rows((shard,), self.max_length, self.tokenizer.pad_id, self.tokenizer.eos_id).batch(np.arange(len(rows)))

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import transformers
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.modeling_llama import build_model, load_config
+from peft_pretraining.rows import packed_batch
 
 BASE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -131,3 +133,59 @@ def test_missing_config_names_its_neighbours():
 def test_unsupported_models_are_refused(changes):
     with pytest.raises(UserError, match="add --use_hf_model"):
         build_model(config_of(**changes))
+
+
+# --------------------------------------------------------------------------------------------------------- packed documents
+
+
+def test_attention_within_documents():
+    """A packed row gives each document the loss that it has alone."""
+    torch.manual_seed(0)
+    model = build_model(config_of())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    documents = [torch.randint(2, 256, (length,)) for length in (7, 1, 12)]
+    documents = [torch.cat([d, torch.tensor([1])]) for d in documents]  # 1 ends a document
+    alone = sum(model(d[None], d[None]) for d in documents)
+    packed = packed_batch(torch.cat(documents)[None].numpy(), end=1)
+    across = model(**packed)
+    model.confine_attention(1)
+    torch.testing.assert_close(model(**packed), alone)
+    assert abs(float(across.detach() / alone.detach()) - 1) > 1e-3
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(model(**packed), alone)
+
+
+# ----------------------------------------------------------------------------------------------------------- compiled blocks
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("end", [None, 1])
+def test_compiled_blocks(end):
+    """The same numbers, one graph for all blocks and no second one in later steps, and names as they were."""
+    from torch._dynamo.utils import counters
+
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model = build_model(config_of(num_hidden_layers=3))
+        if end is not None:
+            model.confine_attention(end)
+        if compiled:
+            model.compile_blocks()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        losses, graphs = [], []
+        for step in range(4):
+            ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(step))
+            losses.append(model(ids, ids))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            graphs.append(counters["stats"]["unique_graphs"])
+        results.append((torch.stack(losses).detach(), list(model.state_dict()), [n for n, _ in model.named_modules()]))
+    assert graphs == [1] * 4 and not counters["graph_break"]
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    assert results[1][1:] == results[0][1:]

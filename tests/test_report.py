@@ -419,3 +419,12 @@ def test_module_runs_as_a_command_and_imports_without_matplotlib(tmp_path):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"{tmp_path / 'none'} is not a folder; give the folder of a run, the one that holds run.json.\n"
+
+
+def test_mfu_is_the_summarys_or_the_median_of_the_logged(tmp_path):
+    lines = [line | {"mfu": mfu} for line, mfu in zip(metrics(60, 20, 100)[:3], (0.1, 0.25, 0.3), strict=True)]
+    running = report.read_run(write_run(tmp_path / "running", "running", lines, summary=False))
+    assert ("MFU", "25.0 %") in report.result_rows(running) and report.comparison_row(running)["MFU"] == "25.0 %"
+    running.info["summary"] = {"mfu": 0.4}
+    assert ("MFU", "40.0 %") in report.result_rows(running)
+    assert "MFU" not in dict(report.result_rows(report.read_run(tiny_run(tmp_path / "tiny"))))

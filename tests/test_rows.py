@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from peft_pretraining.rows import Rows, Shard, tokenize_rows
+from peft_pretraining.stream import StreamedRows
 from peft_pretraining.tokenization import load_tokenizer
 
 LENGTH = 16
@@ -65,3 +66,15 @@ def test_unigram_entropy():
     tokens = np.array([3] * 4 + [5] * 2 + [1] * 2, np.uint16)
     rows = Rows((Shard(tokens[:3], np.array([0, 3])), Shard(tokens[3:], np.array([0, 5]))), 4, 0, 1)
     assert rows.unigram_entropy() == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(4))
+
+
+def test_packed_rows_without_first_tokens(tokenizer):
+    """With "within" what comes after the end of a document has no label, in rows read by index and in streamed ones."""
+    rows = tokenize_rows(TEXTS, tokenizer, LENGTH, packing="within")
+    batch = rows.batch(np.arange(len(rows)))
+    joined = [i for text in TEXTS for i in [*tokenizer.encoder.encode(text, add_special_tokens=False).ids, tokenizer.eos_id]]
+    for row, (ids, labels) in enumerate(zip(*(batch[key].tolist() for key in ("input_ids", "labels")), strict=True)):
+        assert ids == joined[row * LENGTH : (row + 1) * LENGTH]
+        assert labels == [ids[0], *(-100 if a == tokenizer.eos_id else b for a, b in zip(ids, ids[1:], strict=False))]
+    streamed = StreamedRows(None, tokenizer, LENGTH, "within")._batch(list(batch["input_ids"].numpy()))
+    assert torch.equal(streamed["labels"], batch["labels"])

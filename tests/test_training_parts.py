@@ -14,6 +14,7 @@ from peft_pretraining import run_log
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate, perplexity
+from peft_pretraining.loop import clip_gradients, mean_decay
 from peft_pretraining.modeling_llama import build_model
 from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.run_log import append_json, carry_records
@@ -117,11 +118,11 @@ def test_clipping_and_the_mean_decay():
     model = torch.nn.Module()
     model.p = torch.nn.Parameter(torch.zeros(2))
     model.p.grad = torch.tensor([3.0, 4.0])
-    assert float(torchrun_main.clip_gradients(model, 0.0)) == 5 and model.p.grad.tolist() == [3, 4]
-    assert float(torchrun_main.clip_gradients(model, 1.0)) == 5
+    assert float(clip_gradients(model, 0.0)) == 5 and model.p.grad.tolist() == [3, 4]
+    assert float(clip_gradients(model, 1.0)) == 5
     assert model.p.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-4)
     groups = [{"params": [torch.zeros(n, requires_grad=True)], "weight_decay": d} for n, d in ((1, 1.0), (3, 5.0))]
-    assert torchrun_main.mean_decay(torch.optim.SGD(groups)) == 4.0
+    assert mean_decay(torch.optim.SGD(groups)) == 4.0
 
 
 # --------------------------------------------------------------------------------------------------------------- arguments

@@ -22,10 +22,6 @@ from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.vision.batches import evaluation_crop, normalisation
 
-# Floating-point operations a second of dense bfloat16 matrix products, from NVIDIA's data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-BACKWARD = 2  # forward passes that a backward pass costs: a gradient for each of the two factors of every product
-
 # ------------------------------------------------------------------------------------------------------------------ making one
 
 
@@ -104,16 +100,6 @@ def forward_flops(model: nn.Module, input_size: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes_only(torch.empty(1, 3, input_size, input_size, device="meta"))
     return counter.get_total_flops()
-
-
-def utilisation(args: argparse.Namespace, images_per_second: float, flops: int, ranks: Ranks) -> dict[str, float]:
-    """mfu, under bfloat16 autocast: the model's arithmetic over what the devices can do. Nothing where that is not known.
-
-    flops: of one image's forward pass.
-    """
-    name = torch.cuda.get_device_name(ranks.device) if args.use_amp and ranks.device.type == "cuda" else ""
-    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-    return {"mfu": images_per_second * flops * (1 + BACKWARD) / (peak * ranks.world_size)} if peak else {}
 
 
 # ---------------------------------------------------------------------------------------------------------- how it is kept

@@ -158,7 +158,7 @@ def trace(folder, rank=0):
 
 def comparable(folder, final=FINAL):
     """Everything of a run that must not depend on whether it was stopped."""
-    timings = ("throughput_", "seconds", "eval_seconds")
+    timings = ("throughput_", "mfu", "useful_mfu", "seconds", "data_wait_seconds", "analysis_seconds", "eval_seconds", "peak_memory_bytes")
     metrics = [{k: v for k, v in r.items() if not k.startswith(timings)} for r in read_lines(folder / "metrics.jsonl")]
     return {
         "metrics": metrics,
