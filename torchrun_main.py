@@ -10,6 +10,7 @@ arguments, set-up, the training loop.
 import argparse
 import contextlib
 import gc
+import math
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from peft_pretraining.distributed import Ranks, process_group, run_script, world
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.finite import FiniteGuard
+from peft_pretraining.fsdp import exchange_gradients, shard_model
 from peft_pretraining.interruption import StopRequest
 from peft_pretraining.linear_cross_entropy import choose
 from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
@@ -78,7 +80,7 @@ def main() -> None:
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
-        model = build_model(config, args.use_hf_model).to(ranks.device)
+        model = build_model(config, args.use_hf_model)
         if args.dtype == "bfloat16":
             model = model.to(torch.bfloat16)
         if args.activation_checkpointing:
@@ -86,6 +88,10 @@ def main() -> None:
         if args.packing_attention == "within":
             model.confine_attention(data.tokenizer.eos_id)
         speed_up(args, model, checkpoint, ranks)
+        if args.parallel == "fsdp" and ranks.world_size > 1:
+            model = shard_model(model, ranks, args.dtype, args.fsdp_shard_size)  # before anything holds its parameters
+        else:
+            model = model.to(ranks.device)
         parameters = sum(p.numel() for p in model.parameters())
         logger.info(f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, {ranks.world_size} x {ranks.device.type}")
 
@@ -205,8 +211,7 @@ def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, 
         rows = rows.pin_memory() if ranks.device.type == "cuda" else rows
         inputs = (x.to(ranks.device, non_blocking=True) for x in (batch["input_ids"], batch["labels"], rows))
         # Gradients are exchanged with the last micro-batch only.
-        synchronise = i == len(micro_batches) - 1 or ranks.world_size == 1
-        with contextlib.nullcontext() if synchronise else model.no_sync(), autocast:
+        with exchange_gradients(model, i == len(micro_batches) - 1), autocast:
             loss = model(*inputs) / max(targets, 1)
         loss.backward()
         total += loss.detach()
@@ -219,7 +224,9 @@ def autocast_of(args: argparse.Namespace, ranks: Ranks) -> torch.autocast:
 
 def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: run_log.RunLog, ranks: Ranks) -> None:
     start = time.perf_counter()
-    result = evaluate(model, validation_batches(data.validation, args.batch_size, ranks.rank, ranks.world_size), ranks, autocast)
+    batches = validation_batches(data.validation, args.batch_size, ranks.rank, ranks.world_size)
+    passes = math.ceil(len(data.validation) / (args.batch_size * ranks.world_size))  # of the rank that has most
+    result = evaluate(model, batches, ranks, autocast, passes)
     final = update == args.num_training_steps
     log.metrics({"update_step": update, **result, "eval_seconds": time.perf_counter() - start, "final": final})
     logger.info(

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from alphadecay.decoupled import add_unless_skipped, check_precision, is_decoupled
 from alphadecay.engine import tensor_norms
 from alphadecay.modules import unwrap
+from alphadecay.sharding import local, sum_over_shards
 
 
 class AWD:
@@ -96,9 +97,9 @@ class AdaDecay:
                     continue
                 theta = _half_theta(parameter.grad)
                 if is_decoupled(optimizer):
-                    add_unless_skipped(parameter, theta, -2 * self.weight_decay * group["lr"], optimizer)
+                    add_unless_skipped(local(parameter), theta, -2 * self.weight_decay * group["lr"], optimizer)
                 else:
-                    parameter.grad.addcmul_(parameter, theta, value=2 * self.weight_decay)
+                    local(parameter.grad).addcmul_(local(parameter), theta, value=2 * self.weight_decay)
         return False
 
     def state_dict(self) -> dict:
@@ -112,11 +113,12 @@ class AdaDecay:
 
 
 def _half_theta(gradient: torch.Tensor) -> torch.Tensor:
-    """theta / 2 of each element, in one new tensor."""
-    theta = gradient.abs()
+    """theta / 2 of each element, in one new tensor; of a sharded gradient of this rank's elements."""
+    theta = local(gradient).abs()
     flat = theta.flatten()
-    mean = flat.sum() / flat.numel()
-    variance = torch.dot(flat, flat) / flat.numel() - mean * mean
+    total, squares = sum_over_shards(torch.stack([flat.sum(), torch.dot(flat, flat)]), gradient)
+    mean = total / gradient.numel()
+    variance = squares / gradient.numel() - mean * mean
     scale = torch.where(variance > 0, 4 * variance.rsqrt(), 0.0)  # all alike: theta is 1
     return torch.addcmul(-mean * scale, theta, scale, out=theta).sigmoid_()
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alphadecay.modules import hidden_weights
+from alphadecay.sharding import local
 
 
 def split_hidden(groups: list[dict], model: nn.Module) -> list[dict]:
@@ -69,10 +70,11 @@ def _decay_cautiously(optimizer: Optimizer, group: dict) -> None:
         if parameter.grad is None or not group["weight_decay"]:
             continue
         moment = optimizer.state[parameter].get("exp_avg")
+        weight, gradient, moment = (t if t is None else local(t) for t in (parameter, parameter.grad, moment))
         # The update to come has the sign of the first moment to come; bias correction and the second moment do not change it.
-        agree = parameter.grad.mul(parameter) if moment is None else moment.lerp(parameter.grad, 1 - group["betas"][0]).mul_(parameter)
+        agree = gradient.mul(weight) if moment is None else moment.lerp(gradient, 1 - group["betas"][0]).mul_(weight)
         agree.gt_(0)
-        add_unless_skipped(parameter, agree, -group["lr"] * group["weight_decay"], optimizer)
+        add_unless_skipped(weight, agree, -group["lr"] * group["weight_decay"], optimizer)
 
 
 def is_decoupled(optimizer: Optimizer) -> bool:

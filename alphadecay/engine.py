@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alphadecay.sharding import is_sharded
+from alphadecay.sharding import is_sharded, local, sum_over_shards
 from alphadecay.spectra import GRAM_DTYPES, exact_eigenvalues, exact_products, finish, gram, prepare, spectrum, sufficient
 from alphadecay.statistics import NO_GRADIENT, NOT_FINITE, SOLVER_FAILED, TIMED_OUT, empty_row, spectral_row, unneeded_share
 from alphadecay.workers import run_tasks
@@ -206,10 +206,23 @@ def _squares(flat: Tensor) -> Tensor:
 def tensor_norms(tensors: list[Tensor]) -> list[Tensor]:
     """L2 norm of each tensor, fused, in float32 or, if one is wider, in float64; of sharded ones every rank must ask together."""
     if any(map(is_sharded, tensors)):
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
-        return [n.full_tensor() if is_sharded(n) else n for n in norms]
+        return _norms_over_shards(tensors)
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     if all(t.device.type == "cpu" for t in tensors):
         # torch's norm adds up one by one on a CPU: three times slower than BLAS, and forty times less exact.
         return [_squares(t.detach().to(wide).flatten()).sqrt() for t in tensors]
     return list(torch._foreach_norm(tensors, dtype=wide))
+
+
+def _norms_over_shards(tensors: list[Tensor]) -> list[Tensor]:
+    """Norms in float64; one collective for all tensors that are cut alike, not one for each."""
+    # What is only a summand on each rank (tensor parallelism) has no norm of its parts.
+    tensors = [t.full_tensor() if is_sharded(t) and any(p.is_partial() for p in t.placements) else t for t in tensors]
+    squares = [torch.linalg.vector_norm(local(t.detach()), dtype=torch.float64).square() for t in tensors]
+    cuts = [(t.device_mesh, t.placements) if is_sharded(t) else None for t in tensors]
+    for cut in dict.fromkeys(c for c in cuts if c is not None):
+        alike = [i for i, c in enumerate(cuts) if c == cut]
+        sums = sum_over_shards(torch.stack([squares[i] for i in alike]), tensors[alike[0]])
+        for i, total in zip(alike, sums, strict=True):
+            squares[i] = total
+    return [total.sqrt() for total in squares]

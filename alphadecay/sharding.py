@@ -75,18 +75,35 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself. Call it under `torch.no_grad`."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def sum_over_shards(sums: Tensor, of: Tensor) -> Tensor:
+    """Sums over the elements of a sharded tensor `of`, from those over each rank's part, in one collective; of any other as they are."""
+    if not is_sharded(of):
+        return sums
+    from torch.distributed.tensor import DTensor, Partial  # here: builds of torch without distributed have none
+
+    placements = [Partial() if placement.is_shard() else placement for placement in of.placements]
+    return DTensor.from_local(sums, of.device_mesh, placements).full_tensor()
+
+
 def whole_weight(weight: Tensor, owner: int, group: dist.ProcessGroup | None) -> Tensor | None:
     """A weight whole on its owner, None on the other ranks; of a sharded weight all ranks must ask together.
 
-    A weight cut by rows over one dimension of all ranks, as fully_shard does, goes to its owner alone, in its own dtype; any other
-    placement is made whole on every rank for a moment.
+    A weight cut by rows, as fully_shard does, goes to its owner alone, in its own dtype, from the ranks that share the owner's copy of
+    the model (all ranks, or with a two-dimensional mesh some); any other placement is made whole on every rank for a moment.
     """
-    rank, world_size = rank_and_size(group)
+    rank, _ = rank_and_size(group)
     if not is_sharded(weight):
         return weight.detach() if rank == owner else None
     mesh, placements = weight.device_mesh, weight.placements
-    if mesh.ndim == 1 and placements[0].is_shard(0) and mesh.mesh.flatten().tolist() == dist.get_process_group_ranks(group):
-        return _gather_rows_of(weight, owner, rank, world_size, mesh.get_group())
+    *copies, rows = placements
+    everyone = dist.get_process_group_ranks(group)
+    if rows.is_shard(0) and all(p.is_replicate() for p in copies) and mesh.mesh.flatten().tolist() == everyone:
+        return _gather_rows_of(weight, everyone[owner], mesh.get_group(mesh.ndim - 1))
     full = weight.detach().full_tensor()
     if rank != owner:
         return None
@@ -94,11 +111,15 @@ def whole_weight(weight: Tensor, owner: int, group: dist.ProcessGroup | None) ->
     return full.clone() if full.data_ptr() == weight.to_local().data_ptr() else full
 
 
-def _gather_rows_of(weight: Tensor, owner: int, rank: int, world_size: int, group: dist.ProcessGroup) -> Tensor | None:
-    local, rows = weight.detach().to_local(), weight.shape[0]
-    most = -(-rows // world_size)  # the first ranks hold so many rows, the last ones fewer
-    padded = local.new_zeros(most, *weight.shape[1:])
-    padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == owner else None
-    dist.gather(padded, parts, group=group, group_dst=owner)
+def _gather_rows_of(weight: Tensor, owner: int, group: dist.ProcessGroup) -> Tensor | None:
+    """owner: its global rank. group: the ranks that hold the rows of one copy, this rank among them."""
+    ranks = dist.get_process_group_ranks(group)
+    if owner not in ranks:
+        return None
+    part, rows = weight.detach().to_local(), weight.shape[0]
+    most = -(-rows // len(ranks))  # the first ranks hold so many rows, the last ones fewer
+    padded = part.new_zeros(most, *weight.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in ranks] if dist.get_rank() == owner else None
+    dist.gather(padded, parts, group=group, group_dst=ranks.index(owner))
     return torch.cat(parts)[:rows] if parts is not None else None

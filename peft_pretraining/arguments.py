@@ -12,6 +12,7 @@ from peft_pretraining.schedule import SCHEDULERS
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
 PACKING_ATTENTION = ("across", "within")
 ON_SAVE_ERROR = ("continue", "stop")
+PARALLEL = ("ddp", "fsdp")
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,6 +103,15 @@ def _add_training(g) -> None:
         help="compile the blocks with torch.compile; auto: where there is a GPU (default). On a CPU it needs a C++ compiler",
     )  # fmt: skip
     g.add_argument("--activation_checkpointing", action="store_true", help="compute activations again in the backward pass: less memory")
+    g.add_argument(
+        "--parallel", choices=PARALLEL, default="ddp",
+        help="of several processes: ddp: each holds the whole model (default); fsdp: each holds a part of every weight, gradient and "
+        "moment; checkpoints are the same",
+    )  # fmt: skip
+    g.add_argument(
+        "--fsdp_shard_size", type=int, metavar="N",
+        help="of fsdp: processes that share one copy of the model, for instance those of a node (default: all)",
+    )  # fmt: skip
     g.add_argument("--single_cuda", action="store_true", help="one process on one GPU, no process group")
 
 
@@ -153,9 +163,10 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
         args,
         ("num_training_steps", "max_train_tokens", "batch_size", "total_batch_size", "gradient_accumulation", "max_length", "eval_every",
          "save_every", "log_every", "target_eval_tokens", "unbalancedWD_every", "cycle_length", "lr", "max_skipped_updates", "max_passes",
-         "keep_checkpoints", "keep_every"),
+         "keep_checkpoints", "keep_every", "fsdp_shard_size"),
         ("warmup_steps", "weight_decay", "workers", "grad_clipping", "min_lr_ratio", "seed"),
     )  # fmt: skip
+    _check_parallel(args, world_size)
     _complete_batch(args, world_size)
     _complete_steps(args)
     if args.scheduler == "cosine_restarts" and not args.cycle_length:
@@ -201,6 +212,21 @@ def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], not_negat
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise UserError(f"--{name} {value}: it must be 0 or more")
+
+
+def _check_parallel(args: argparse.Namespace, world_size: int) -> None:
+    if args.parallel == "fsdp" and args.optimizer == "muon":
+        raise UserError("--optimizer muon works on whole matrices, which --parallel fsdp cuts: give --parallel ddp or another optimizer")
+    size = args.fsdp_shard_size
+    if size is None:
+        return
+    if args.parallel != "fsdp":
+        raise UserError("--fsdp_shard_size is for --parallel fsdp: give that too, or leave it out")
+    if size == 1 or world_size % size:
+        raise UserError(
+            f"--fsdp_shard_size {size}: it must be above 1 and divide the number of processes, {world_size}; leave it out to share one "
+            "copy among all of them"
+        )
 
 
 def _complete_batch(args: argparse.Namespace, world_size: int) -> None:

@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
+from peft_pretraining.fsdp import FSDPModule, part_of
 
 MANIFEST = "manifest.json"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -191,8 +192,13 @@ def load_checkpoint(
         saved_config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
         saved_random = RANDOM.format(ranks.rank) in json.loads((folder / MANIFEST).read_text(encoding="utf8"))
         randoms = torch.load(folder / RANDOM.format(ranks.rank if saved_random else 0), weights_only=True)
-        states = torch.load(folder / OPTIMIZER, map_location=ranks.device, weights_only=True)
-        weights = load_file(folder / WEIGHTS, device=str(ranks.device))
+        # Of a sharded model each rank takes its part of the files, which then never are whole on a device.
+        sharded = isinstance(model, FSDPModule)
+        device = torch.device("cpu") if sharded else ranks.device
+        states = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True, mmap=sharded)
+        own = model.state_dict()
+        with safe_open(folder / WEIGHTS, "pt", str(device)) as file:
+            weights = {name: part_of(file.get_tensor(name), own.get(name)) for name in file.keys()}
         extra_weights = {name: load_file(folder / EXTRA.format(name)) for name in extra}
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on with advice to load it unsafely
@@ -218,10 +224,10 @@ def unshared_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dictionary with a tied head left out: safetensors stores no tensor twice, and transformers ties it again."""
     seen: set[int] = set()
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():  # not by address: a rank's part of a sharded tensor may be empty
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
     return tensors
 
 
@@ -235,7 +241,10 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, states:
     for name, parameter in model.named_parameters():
         if name in states:
             # In another --dtype the moments take the parameters'; the count of steps stays as it is.
-            optimizer.state[parameter] = {k: v.to(parameter.dtype) if v.dim() else v for k, v in states[name].items()}
+            optimizer.state[parameter] = {
+                key: part_of(value, parameter).to(parameter.dtype) if value.dim() else value.to(parameter.device)
+                for key, value in states[name].items()
+            }
 
 
 def _shapes(config: dict) -> dict:

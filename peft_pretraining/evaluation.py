@@ -9,18 +9,20 @@ import torch.nn as nn
 from torch import Tensor
 
 from peft_pretraining.distributed import Ranks
+from peft_pretraining.fsdp import FSDPModule
 from peft_pretraining.rows import IGNORED
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], ranks: Ranks, autocast: contextlib.AbstractContextManager
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], ranks: Ranks, autocast: contextlib.AbstractContextManager, passes: int = 0
 ) -> dict[str, float]:
     """Loss over every non-pad target token of the batches of all ranks.
 
     Args:
         model: called as model(input_ids, labels), gives the sum of the negative log-likelihoods.
         batches: this rank's share: input_ids and labels, [rows, length]; the last may be short, and there may be none.
+        passes: the most batches that any rank has. Those of a sharded model meet in every forward pass, so all make that many.
 
     Returns:
         eval_loss: mean negative log-likelihood (nats) per target token. perplexity: exp of it. reference_perplexity: what
@@ -38,6 +40,12 @@ def evaluate(
         total += torch.stack([loss, targets.double()])
         means += loss / targets.clamp_min(1)
         n_batches += 1
+    if isinstance(model, FSDPModule):
+        nothing = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
+        for _ in range(n_batches, passes):
+            with autocast:
+                model(nothing, nothing)
+        model.reshard()  # without a backward pass the root's parameters stay whole, and would be taken for the model's own
     model.train()
     biased = ranks.sum(means / (n_batches + 1)) / ranks.world_size
     loss_sum, targets = ranks.sum(total).tolist()

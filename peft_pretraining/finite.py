@@ -35,17 +35,18 @@ class FiniteGuard:
 
     def _sum_bucket(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()
-        self._look(torch.dot(gradients, gradients))  # one pass, by BLAS; not finite as soon as one of them is
+        self.look(torch.dot(gradients, gradients))  # one pass, by BLAS; not finite as soon as one of them is
         return dist.all_reduce(gradients, async_op=True).get_future().then(lambda future: future.value()[0])
 
-    def _look(self, number: Tensor) -> None:
+    def look(self, number: Tensor) -> None:
+        """Note, on the device, whether a number of this rank is not finite; before `judge`."""
         self._bad[self.ranks.rank] += ~torch.isfinite(number)
 
     def judge(self, update: int, loss: Tensor, norm: Tensor) -> None:
         """Before `optimizer.step()`: loss is this rank's share, norm the gradients' over all ranks; both scalars on the device."""
-        self._look(loss)
+        self.look(loss)
         if self.ranks.world_size == 1:
-            self._look(norm)  # no bucket was looked at
+            self.look(norm)  # no bucket was looked at
         bad = self.ranks.sum(self._bad)
         found = (bad.sum() > 0) | ~torch.isfinite(norm)
         self.optimizer.found_inf = found.float()

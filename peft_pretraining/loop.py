@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.finite import FiniteGuard
+from peft_pretraining.fsdp import FSDPModule, watch_gradients, whole_tensor
 from peft_pretraining.interruption import StopRequest
 from peft_pretraining.optimizer import scaled_decays
 from peft_pretraining.report import write_report
@@ -34,6 +35,9 @@ def data_parallel(model: nn.Module, guard: FiniteGuard, ranks: Ranks, first_pass
     first_pass: calls the model on any input, alike on all ranks, and returns a scalar to go backward from. It must not change the model.
     """
     if ranks.world_size == 1:
+        return model
+    if isinstance(model, FSDPModule):
+        watch_gradients(model, guard.look)
         return model
     wrapper = nn.parallel.DistributedDataParallel
     # torch 2.14 has another name for it, and warns of the old one.
@@ -139,7 +143,7 @@ class Updates:
 def clip_gradients(model: nn.Module, greatest_norm: float) -> Tensor:
     """The L2 norm of all gradients together, which is brought down to `greatest_norm` where that is not 0."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
     if greatest_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), greatest_norm, norm)
     return norm

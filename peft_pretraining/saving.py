@@ -32,6 +32,9 @@ from peft_pretraining.checkpoint import (
 )
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
+from peft_pretraining.fsdp import FSDPModule, whole_tensor
+
+Tensors = dict[str, dict[str, torch.Tensor]]  # by file and name, or by parameter and name
 
 
 class Checkpoints:
@@ -72,7 +75,8 @@ class Checkpoints:
         extra: dict[str, nn.Module] | None = None,
     ) -> None:
         """Begin to save the state as it is now; all ranks call it together. It waits for a save that is still in flight, and otherwise
-        returns at once: call `before_update` before weights or optimizer state change.
+        returns at once (where the model is sharded: once the copy is gathered): call `before_update` before weights or optimizer state
+        change.
 
         trainer: what JSON can hold. tokenizer: anything with `save_pretrained`, or None. config: what goes into config.json, by default
         `model.config` as transformers reads it. extra: more modules whose weights decide the future, by name.
@@ -80,7 +84,8 @@ class Checkpoints:
         random_file = io.BytesIO()
         torch.save(random_states(self._ranks.device), random_file)
         randoms = self._ranks.gather(random_file.getvalue())
-        if not self._ranks.is_main:
+        sharded = isinstance(model, FSDPModule)
+        if not (self._ranks.is_main or sharded):
             return
         self._wait()
         if config is None:
@@ -91,7 +96,13 @@ class Checkpoints:
         files = {WEIGHTS: weights} | {EXTRA.format(name): unshared_state(module) for name, module in (extra or {}).items()}
         documents = {CONFIG: _json(config), TRAINER: _json(trainer)}
         self._problem, self._untold = None, False
-        self._copy.begin(files, optimizer_state_by_name(model, optimizer))
+        states = optimizer_state_by_name(model, optimizer)
+        if sharded:
+            self._copy.gather(files, states, keep=self._ranks.is_main)
+        else:
+            self._copy.begin(files, states)
+        if not self._ranks.is_main:
+            return
         folder = self._run_folder / "checkpoints" / f"model_{step}"
         arguments = (folder, documents, randoms, tokenizer)
         self._thread = threading.Thread(target=self._save, args=arguments, name=f"checkpoint {step}", daemon=False)
@@ -150,18 +161,42 @@ class _StateCopy:
         self._made = threading.Event()  # on CUDA: every copy is in the stream, `_done` comes after the last
         self._made.set()
         self._done: torch.cuda.Event | None = None  # until the training's stream waits for it
+        self._gathered = False
+        self._failure: Exception | None = None  # of `gather`, for the thread that writes to raise
 
-    def begin(self, files: dict[str, dict[str, torch.Tensor]], states: dict[str, dict[str, torch.Tensor]]) -> None:
+    def begin(self, files: Tensors, states: Tensors) -> None:
         """Note what to copy, weights by file and optimizer state; the thread that trains calls it."""
         self._files, self._states = files, states
-        self._ready = None
+        self._ready, self._gathered = None, False
         if any(tensor.is_cuda for tensor in files[WEIGHTS].values()):
             self._stream = self._stream or torch.cuda.Stream()
             self._ready = torch.cuda.current_stream().record_event()
         self._made.clear()
 
-    def make(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+    def gather(self, files: Tensors, states: Tensors, keep: bool) -> None:
+        """In place of `begin`, for sharded tensors: copy them now, whole, one at a time; all ranks call it together.
+
+        keep: whether this rank is the one that makes the copy. Collectives belong to the thread that trains, hence not in `make`.
+        """
+        sources = [tensor for part in (*files.values(), *states.values()) for tensor in part.values()]
+        self._gathered, self._failure = True, None
+        try:
+            self._allocate(sources if keep else [])
+        except (RuntimeError, MemoryError) as error:  # the other ranks wait for this one all the same
+            self._failure, keep = error, False
+        for i, source in enumerate(sources):
+            whole = whole_tensor(source)
+            if keep:
+                self._buffers[i].copy_(whole, non_blocking=True)
+        self._files, self._states = (files, states) if keep else (None, None)
+        self._ready = torch.cuda.current_stream().record_event() if keep and sources[0].is_cuda else None
+
+    def make(self) -> tuple[Tensors, Tensors]:
         """Copy, and return weights by file and optimizer state as they were noted; the thread that writes calls it."""
+        if self._failure is not None:
+            raise self._failure
+        if self._gathered:
+            return self._result(self._ready)
         done = None
         try:
             sources = [tensor for part in (*self._files.values(), *self._states.values()) for tensor in part.values()]
@@ -176,6 +211,9 @@ class _StateCopy:
                     self._done = done = self._stream.record_event()
         finally:
             self._made.set()
+        return self._result(done)
+
+    def _result(self, done: "torch.cuda.Event | None") -> tuple[Tensors, Tensors]:
         if done is not None:
             done.synchronize()
         copies = iter(self._buffers)
@@ -201,8 +239,8 @@ class _StateCopy:
 
 def write_checkpoint(
     folder: Path,
-    weights: dict[str, dict[str, torch.Tensor]],
-    states: dict[str, dict[str, torch.Tensor]],
+    weights: Tensors,
+    states: Tensors,
     documents: dict[str, str],
     randoms: list[bytes],
     tokenizer,

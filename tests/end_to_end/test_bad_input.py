@@ -58,6 +58,9 @@ CASES = {
     "no checkpoint": (lambda f: ["--continue_from", f / "nowhere"], "no checkpoint there"),
     "run folder": (lambda f: ["--save_dir", f / "config.json" / "run"], "cannot be written (Not a directory)"),
     "two decays": (lambda f: ["--use_modulewise_wd", "--use_AWD_NeurIPS2023"], "exclude each other"),
+    "muon in parts": (lambda f: ["--parallel", "fsdp", "--optimizer", "muon"], "give --parallel ddp or another optimizer"),
+    "shards of nothing": (lambda f: ["--fsdp_shard_size", 2], "--fsdp_shard_size is for --parallel fsdp"),
+    "shards that do not divide": (lambda f: ["--parallel", "fsdp", "--fsdp_shard_size", 2], "divide the number of processes, 1;"),
     "single_cuda": (lambda f: ["--single_cuda"], "there is no CUDA device here"),
 }
 
