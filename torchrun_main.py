@@ -10,7 +10,6 @@ arguments, set-up, the training loop.
 import argparse
 import contextlib
 import gc
-import math
 import sys
 import time
 from pathlib import Path
@@ -225,8 +224,7 @@ def autocast_of(args: argparse.Namespace, ranks: Ranks) -> torch.autocast:
 def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: run_log.RunLog, ranks: Ranks) -> None:
     start = time.perf_counter()
     batches = validation_batches(data.validation, args.batch_size, ranks.rank, ranks.world_size)
-    passes = math.ceil(len(data.validation) / (args.batch_size * ranks.world_size))  # of the rank that has most
-    result = evaluate(model, batches, ranks, autocast, passes)
+    result = evaluate(model, batches, ranks, autocast)
     final = update == args.num_training_steps
     log.metrics({"update_step": update, **result, "eval_seconds": time.perf_counter() - start, "final": final})
     logger.info(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.order import RowOrder
 from peft_pretraining.prepared import FORMAT, INDEX, Prepared, is_prepared, open_prepared, prepare
-from peft_pretraining.rows import Packing, Rows, tokenize_rows
+from peft_pretraining.rows import IGNORED, Packing, Rows, tokenize_rows
 from peft_pretraining.sources import Source, Split, cache_folder, empty_split_error, open_source, split_documents
 from peft_pretraining.stream import LanePosition, StreamedRows, stream_batches
 from peft_pretraining.tokenization import Tokenizer, load_tokenizer
@@ -295,8 +297,12 @@ def _stream_parts(
 def validation_batches(validation: Rows, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
     """This rank's share of the validation rows (every `world_size`-th from `rank` on), as `Rows.batch` gives them.
 
-    The last batch may be shorter; a rank may have none. No row comes twice and none is left out.
+    All batches of all ranks have one shape, and each rank has as many, as compiled and sharded models need it: what is missing is
+    filled with rows that have no target. No row comes twice and none is left out.
     """
-    own = np.arange(rank, len(validation), world_size)
-    for start in range(0, len(own), batch_size):
-        yield validation.batch(own[start : start + batch_size])
+    own, each = np.arange(rank, len(validation), world_size), math.ceil(len(validation) / world_size)
+    size = min(batch_size, each)
+    for start in range(0, each, size):
+        batch = validation.batch(own[start : start + size])
+        missing = (0, 0, 0, size - len(batch["labels"]))
+        yield {name: F.pad(rows, missing, value=IGNORED if name == "labels" else 0) for name, rows in batch.items()}

@@ -15,14 +15,14 @@ from peft_pretraining.rows import IGNORED
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], ranks: Ranks, autocast: contextlib.AbstractContextManager, passes: int = 0
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], ranks: Ranks, autocast: contextlib.AbstractContextManager
 ) -> dict[str, float]:
     """Loss over every non-pad target token of the batches of all ranks.
 
     Args:
         model: called as model(input_ids, labels), gives the sum of the negative log-likelihoods.
-        batches: this rank's share: input_ids and labels, [rows, length]; the last may be short, and there may be none.
-        passes: the most batches that any rank has. Those of a sharded model meet in every forward pass, so all make that many.
+        batches: this rank's share: input_ids and labels, [rows, length], as many on every rank: those of a sharded model meet in each
+            forward pass. There may be some without a target.
 
     Returns:
         eval_loss: mean negative log-likelihood (nats) per target token. perplexity: exp of it. reference_perplexity: what
@@ -30,7 +30,7 @@ def evaluate(
         of mean loss L give exp(L n / (n + 1)); only for comparison with published tables. eval_tokens: target tokens.
     """
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-    means, n_batches = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
+    means, n_batches = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     model.eval()
     for batch in batches:
         input_ids, labels = batch["input_ids"].to(ranks.device), batch["labels"].to(ranks.device)
@@ -39,12 +39,8 @@ def evaluate(
         targets = (labels[:, 1:] != IGNORED).sum()
         total += torch.stack([loss, targets.double()])
         means += loss / targets.clamp_min(1)
-        n_batches += 1
+        n_batches += targets > 0
     if isinstance(model, FSDPModule):
-        nothing = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
-        for _ in range(n_batches, passes):
-            with autocast:
-                model(nothing, nothing)
         model.reshard()  # without a backward pass the root's parameters stay whole, and would be taken for the model's own
     model.train()
     biased = ranks.sum(means / (n_batches + 1)) / ranks.world_size

@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from loguru import logger
 
@@ -15,6 +16,7 @@ import torchrun_main
 from alphadecay.decoupled import split_hidden
 from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
 from peft_pretraining.checkpoint import load_checkpoint, seed_random_generators
+from peft_pretraining.data import validation_batches
 from peft_pretraining.distributed import Ranks, process_group, run_script
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.finite import FiniteGuard
@@ -22,6 +24,7 @@ from peft_pretraining.fsdp import shard_model, whole_tensor
 from peft_pretraining.loop import clip_gradients, data_parallel, mean_decay
 from peft_pretraining.modeling_llama import build_model, load_config
 from peft_pretraining.optimizer import build_optimizer
+from peft_pretraining.rows import Rows, Shard, offsets_of
 from peft_pretraining.saving import Checkpoints
 
 LENGTH, LR = 16, 3e-3
@@ -119,11 +122,12 @@ def evaluation(config, ranks: Ranks) -> dict:
     """Five rows one at a time: rank 0 has two of them, the others one; then one row: three ranks have none."""
     results = {}
     for rows in (5, 1):
-        ids = torch.randint(100, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
+        ids = np.random.default_rng(0).integers(100, size=rows * LENGTH)
+        validation = Rows((Shard(ids, offsets_of(np.full(rows, LENGTH))),), LENGTH, pad_id=0, eos_id=1)
         for parallel in ("ddp", "fsdp"):
             run = Run(config, parallel, "", ranks)
-            own = [{"input_ids": ids[i : i + 1], "labels": ids[i : i + 1]} for i in range(ranks.rank, rows, ranks.world_size)]
-            result = evaluate(run.model, own, ranks, PLAIN, math.ceil(rows / ranks.world_size))
+            own = validation_batches(validation, 1, ranks.rank, ranks.world_size)
+            result = evaluate(run.model, own, ranks, PLAIN)
             names = [name for name, p in run.model.named_parameters() if parallel == "fsdp" and not hasattr(p, "placements")]
             results[f"{rows} {parallel}"] = [*result.values(), names]
     return results

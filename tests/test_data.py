@@ -158,18 +158,22 @@ def test_a_workers_error_is_the_users_one_sentence(folder, tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_every_validation_row_comes_once(folder, world_size, batch_size):
+    """And all ranks have as many batches of one shape, filled with rows without a target."""
     data = load(folder, "rows")
-    rows = []
+    rows, shapes = [], []
     for rank in range(world_size):
-        for batch in validation_batches(data.validation, batch_size, rank, world_size):
-            assert 1 <= len(batch["labels"]) <= batch_size
-            rows += zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
-    assert sorted(rows) == sorted(plain_row(data.tokenizer, text) for text in HELD_OUT)
+        batches = list(validation_batches(data.validation, batch_size, rank, world_size))
+        shapes.append([batch["input_ids"].shape for batch in batches])
+        rows += [pair for batch in batches for pair in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
+    assert shapes == [[(min(batch_size, -(-11 // world_size)), LENGTH)] * len(shapes[0])] * world_size
+    real = [(ids, labels) for ids, labels in rows if labels != [-100] * LENGTH]
+    assert sorted(real) == sorted(plain_row(data.tokenizer, text) for text in HELD_OUT)
 
 
 def test_a_rank_may_have_no_validation_row(folder):
     validation = load(folder, "rows", target_eval_tokens=1).validation
-    assert len(validation) == 1 and list(validation_batches(validation, 4, 2, 3)) == []
+    (batch,) = validation_batches(validation, 4, 2, 3)
+    assert len(validation) == 1 and batch["labels"].tolist() == [[-100] * LENGTH]
 
 
 @pytest.mark.parametrize("kind", ["rows", "stream"])
