@@ -1,7 +1,6 @@
 """Eigenvalues -> alpha and D: the power law that fits the tail of a spectrum."""
 
 import math
-import operator
 import sys
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 METHODS = ("median", "median-paper", "goodness-of-fit", "fix-finger", "fix-finger-reference")
 HISTOGRAM_BINS = 100  # of log10 lambda, for fix-finger
+EDGES = torch.tensor([*range(HISTOGRAM_BINS), math.inf], dtype=torch.float64)  # in widths of a bin, from the first
 ZERO = 1e-5  # filter_zeros leaves out eigenvalues up to here (the reference's threshold)
 BLOCK_ROWS = 16  # thresholds whose D is computed at a time: they take 16 N numbers of memory, twice
 ROUNDING = 1e-9  # far above that of a D, far below the differences of two
@@ -65,18 +65,18 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
     values = eigenvalues.detach().to("cpu", torch.float64)
     if filter_zeros and (values > ZERO).any():
         values = values[values > ZERO]
-    if len(values) > 1 and float(values.diff().min()) < 0:
+    if values.numel() > 1 and float(values.diff().min()) < 0:
         raise ValueError("the eigenvalues are not in ascending order: sort them first")
-    if len(values) < 2:
+    if values.numel() < 2:
         raise UndefinedPowerLaw(TOO_FEW)
     if method in ("median", "median-paper"):
         return _fit_median(values, xmin_pos, paper=method == "median-paper")
     if float(values[0]) < sys.float_info.min:
         values = values[int(torch.searchsorted(values, sys.float_info.min)) :]
-    if not len(values):
+    if not values.numel():
         raise UndefinedPowerLaw(ZERO_THRESHOLD)
     logs = values.log10()
-    start, stop = (0, len(values) - 1) if method == "goodness-of-fit" else _window(values, logs, method)
+    start, stop = (0, values.numel() - 1) if method == "goodness-of-fit" else _window(values, logs, method)
     return _least_distance(values[start:], logs[start:], stop - start)
 
 
@@ -105,14 +105,13 @@ def _window(values: Tensor, logs: Tensor, method: str) -> tuple[int, int]:
     low, high = float(logs[0]), float(logs[-1])
     if low == high:
         raise UndefinedPowerLaw(EQUAL_TAIL)
+    width = (high - low) / HISTOGRAM_BINS
     # The logarithms ascend, so that counting them is a search of the edges; torch.histc would wake its threads for it.
-    edges = torch.arange(HISTOGRAM_BINS, dtype=logs.dtype).mul_((high - low) / HISTOGRAM_BINS).add_(low)
-    firsts = torch.searchsorted(logs, edges).tolist()
-    counts = list(map(operator.sub, [*firsts[1:], len(logs)], firsts))
-    peak = 10 ** float(edges[counts.index(max(counts))])
+    counts = torch.searchsorted(logs, EDGES * width + low).diff()
+    peak = 10 ** (int(counts.argmax()) * width + low)
     lower = 0.95 * peak if method == "fix-finger" else math.log10(0.95 * peak)
     start, stop = int(torch.searchsorted(values, lower)), int(torch.searchsorted(values, 1.5 * peak, right=True))
-    return start, min(stop, len(values) - 1)
+    return start, min(stop, values.numel() - 1)
 
 
 def _least_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw:
@@ -127,28 +126,28 @@ def _least_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw:
     if count <= 0:
         raise UndefinedPowerLaw(NO_THRESHOLD)
     # Descending, so that a tail is the first n eigenvalues, and relative to the greatest, so that nearly equal ones keep their digits.
-    logs = (logs.flip(0) - logs[-1])[:, None]
-    sizes = torch.arange(1, len(logs) + 1, dtype=logs.dtype)[:, None]
-    spreads = torch.addcmul(logs.cumsum(0), sizes, logs, value=-1)  # of each tail the sum of log10(lambda_j / lambda_i)
+    length = values.numel()  # faster than len, which torch has in Python
+    logs = logs.flip(0).sub_(logs[-1])
+    sizes = torch.arange(1, length + 1, dtype=logs.dtype)
+    spreads = logs.cumsum(0).addcmul_(sizes, logs, value=-1)  # of each tail the sum of log10(lambda_j / lambda_i)
     rates = sizes / spreads.mul_(math.log(2))  # (alpha - 1) log2(10)
-    tails = [x[-count:] for x in (logs, rates, sizes)]
-    step = max(1, math.isqrt(len(logs)) // 2)
+    tails = torch.stack([logs * rates, rates, sizes])[:, -count:].flip(1)  # lowest threshold first
+    logs, sizes = logs.unsqueeze(1), sizes.unsqueeze(1)
+    step = max(1, math.isqrt(length) // 2)
     sample = logs[::step], sizes[::step]
-    rows = max(1, ONE_THREAD // len(sample[0]))
-    bounds = torch.cat([_distances(*sample, *(x[i : i + rows] for x in tails)) for i in range(0, count, rows)])
-    bounds, order = bounds.sort()
-    best = (1.0, 0)  # D and the negated row; no fit is a D of 1 or, alpha being infinite, one that is not a number
+    rows = max(1, ONE_THREAD // sample[0].numel())
+    bounds, order = torch.cat([_distances(*sample, *part.unbind()) for part in tails.split(rows, 1)]).sort()
+    best = (1.0, 0)  # D and the row; no fit is a D of 1 or, alpha being infinite, one that is not a number
     for first in range(0, count, BLOCK_ROWS):
         if not float(bounds[first]) <= best[0] + ROUNDING:
             break
         block = order[first : first + BLOCK_ROWS]
-        distances = _distances(logs, sizes, *(x[block] for x in tails))
-        best = min(best, *zip(distances.tolist(), block.neg().tolist(), strict=True))
-    distance, row = best[0], -best[1]
+        distances = _distances(logs, sizes, *tails.index_select(1, block).unbind())
+        best = min(best, *zip(distances.tolist(), block.tolist(), strict=True))
+    distance, row = best
     if distance >= 1:
         raise UndefinedPowerLaw(NO_THRESHOLD)
-    index = count - 1 - row
-    return PowerLaw(1 + float(tails[1][row]) * math.log10(2), distance, float(values[index]), len(values) - index)
+    return PowerLaw(1 + float(rates[-1 - row]) * math.log10(2), distance, float(values[row]), length - row)
 
 
 def _distances(logs: Tensor, ranks: Tensor, own: Tensor, rates: Tensor, sizes: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ def _distances(logs: Tensor, ranks: Tensor, own: Tensor, rates: Tensor, sizes: T
 
     Args:
         logs, ranks: [m, 1], log10 of the eigenvalues to compare at, and how many of the spectrum are from there up.
-        own, rates, sizes: [n, 1], of each tail log10 of the threshold, (alpha - 1) log2(10) and the number of eigenvalues.
+        own, rates, sizes: [n], of each tail log10 of the threshold times the rate, (alpha - 1) log2(10) and the number of eigenvalues.
     """
-    fitted = (own - logs.T).mul_(rates).exp2_().clamp_(max=1)  # below the threshold both shares stay 1
-    return fitted.sub_((ranks.T / sizes).clamp_(max=1)).abs_().amax(dim=1)
+    fitted = torch.addcmul(own, logs, rates, value=-1).clamp_(max=0).exp2_()  # below the threshold both shares stay 1
+    return fitted.addcdiv_(ranks.clamp(max=sizes), sizes, value=-1).abs_().amax(dim=0)
