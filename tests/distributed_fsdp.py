@@ -27,7 +27,7 @@ from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.rows import Rows, Shard, offsets_of
 from peft_pretraining.saving import Checkpoints
 
-LENGTH, LR = 16, 1e-3  # a greater one makes more of the rounding than the decays may differ
+LENGTH, LR = 16, 3e-3
 PLAIN = contextlib.nullcontext()
 
 
