@@ -108,7 +108,11 @@ def test_the_plan_of_130m_on_8_gpus(m130):
     assert (found.micro_batch, found.micro_batches) == (64, 1)
     flops = 64 * 256 * (6 * (N - V * D) + 12 * LAYERS * D * 256)
     assert found.arithmetic == pytest.approx(flops / (989e12 * 0.4))
-    assert found.exposed == max(0, found.communication - 0.8 * 2 / 3 * found.arithmetic)
+    assert found.exposed == 0 < found.communication
+    wider = planner.plan(m130, "ddp", 64, settings())
+    assert wider.exposed == pytest.approx(wider.communication - 0.8 * 2 / 3 * wider.arithmetic) and wider.exposed > 0
+    assert planner.exposed("ddp", 10.0, 3.0, micro_batches=2) == pytest.approx(10 - 0.8 * 3 * 2 / 3 / 2)
+    assert planner.exposed("fsdp", 10.0, 3.0, micro_batches=2) == pytest.approx(10 - 0.8 * 3)
     assert found.update == found.arithmetic + found.exposed + found.analysis / 500
     assert planner.plan(m130, "ddp", 8, settings(mfu=0.2)).arithmetic == pytest.approx(2 * found.arithmetic)
 
