@@ -27,7 +27,7 @@ from peft_pretraining.optimizer import build_optimizer
 from peft_pretraining.rows import Rows, Shard, offsets_of
 from peft_pretraining.saving import Checkpoints
 
-LENGTH, LR = 16, 3e-3
+LENGTH, LR = 16, 1e-3
 PLAIN = contextlib.nullcontext()
 
 
@@ -77,12 +77,14 @@ class Run:
         return {name: whole_tensor(p.detach()).clone() for name, p in self.model.named_parameters()}
 
 
+# The linear map multiplies the rounding of the alphas by the width of its range over that of the alphas, which here is narrow as well.
+NARROW = "--use_modulewise_wd --wd_min_ratio 1 --wd_max_ratio 1.5"
 SETTINGS = {
     "gradnorm": {"flags": "--use_modulewise_wd --esd_metric_for_tb gradnorm --iso_budget", "checkpointing": True},
-    "asynchronous": {"flags": "--use_modulewise_wd --esd_async --esd_lag 1 --cautious_decay --adamc", "optimizer": "adamw"},
+    "asynchronous": {"flags": f"{NARROW} --esd_async --esd_lag 1 --cautious_decay --adamc", "optimizer": "adamw"},
     "awd": {"flags": "--use_AWD_NeurIPS2023"},
     "adadecay": {"flags": "--use_AdaDecay", "optimizer": "adamw"},
-    "transformers": {"flags": "--use_modulewise_wd", "hf": True},
+    "transformers": {"flags": NARROW, "hf": True},
 }
 
 
