@@ -36,6 +36,7 @@ def main() -> None:
     result = {"history": decay.history, "decays": decay.weight_decays, "weights": hashlib.sha256(weights).hexdigest()}
     (Path(sys.argv[1]) / f"rank{rank}.json").write_text(json.dumps(result))
     if distributed:
+        dist.barrier()  # gloo: none may leave while another one still talks to it
         dist.destroy_process_group()
 
 

@@ -344,7 +344,8 @@ def test_ranks_agree_with_one_process(tmp_path, processes):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
     for name, command in (("alone", alone), ("together", torchrun)):
         (tmp_path / name).mkdir()
-        subprocess.run([*command, tmp_path / name], capture_output=True, check=True, timeout=120, env=one_thread)
+        done = subprocess.run([*command, tmp_path / name], capture_output=True, text=True, timeout=120, env=one_thread)
+        assert done.returncode == 0, done.stderr[-6000:]
     expected = json.loads((tmp_path / "alone/rank0.json").read_text())
     results = [json.loads((tmp_path / f"together/rank{rank}.json").read_text()) for rank in range(processes)]
     assert all(result == results[0] for result in results)
