@@ -125,6 +125,7 @@ def bench_async(size: str, device: str) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             steps.append(time.perf_counter() - start)
+        decay.state_dict()  # waits for the last analysis, which would disturb what is measured next
         results[name] = {"blocked": sum(waits[15:31]), "steps": sum(steps[15:31])}
     undisturbed = statistics.median(steps[2:15]) * 16
     return {
