@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,6 +79,32 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def fresh_part(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of the store that no earlier life of the run has written to; all ranks call it and get the same.
+
+    Processes that torchrun starts again find the store of those that died, and would connect to their addresses. The restart count does
+    not tell the lives apart: of several nodes only those count where a process died. So rank 0 makes up a name, and tells it each rank that
+    asks under a name of its own, which nobody dead can have had. Raises TimeoutError where a rank does not come.
+    """
+    me = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks {rank}", me)
+        life = store.get(f"answer to {me}").decode()  # waits for it
+        store.set(f"{life} reached {rank}", "")
+        return dist.PrefixStore(life, store)
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    missing = list(range(1, world_size))
+    while missing:
+        for other in missing:
+            if store.check([f"asks {other}"]):  # it may still be the question of the dead: so ask again until the living one is reached
+                store.set(f"answer to {store.get(f'asks {other}').decode()}", me)
+        missing = [other for other in missing if not store.check([f"{me} reached {other}"])]
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(f"rank {missing[0]} did not come within {PATIENCE}")
+        time.sleep(0.01)
+    return dist.PrefixStore(me, store)
+
+
 @contextlib.contextmanager
 def process_group(single_cuda: bool = False, kind: str | None = None) -> Iterator[Ranks]:
     """Join the other processes of torchrun, if any: gloo for what is on the CPU, nccl for what is on GPUs.
@@ -99,8 +126,7 @@ def process_group(single_cuda: bool = False, kind: str | None = None) -> Iterato
     if world_size > 1:
         cuda = device.type == "cuda"
         store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-        # Processes that torchrun starts again find the store of those that died, and would connect to their addresses.
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = fresh_part(store, rank, world_size)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE, device_id=device if cuda else None

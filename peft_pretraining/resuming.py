@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from loguru import logger
 from torch.optim import Optimizer
@@ -21,7 +22,9 @@ def starting_point(place: str | None, run_folder: Path, ranks: Ranks) -> tuple[s
     place: see `find_checkpoint`. A run that torchrun starts again after a failure goes on from its own checkpoints whatever it was.
     Raises UserError where the run would begin in a folder that holds another.
     """
-    if was_restarted() and (checkpoints_of(run_folder) or not place):
+    # Of several nodes only those count a restart where a process died.
+    restarted = int(ranks.sum(torch.tensor(int(was_restarted())))) > 0
+    if restarted and (checkpoints_of(run_folder) or not place):
         place = "auto"
     checkpoint = find_checkpoint(place, run_folder, ranks) if place else None
     if ranks.is_main:
