@@ -28,12 +28,14 @@ from alphadecay.statistics import COLUMNS  # noqa: E402
 from peft_pretraining.arguments import DTYPES, Parser, check_numbers  # noqa: E402
 from peft_pretraining.distributed import run_script  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
+from peft_pretraining.linear_cross_entropy import CHUNK_BYTES  # noqa: E402
 from peft_pretraining.modeling_llama import build_model, load_config  # noqa: E402
+from peft_pretraining.throughput import PEAK_FLOPS, llama_flops  # noqa: E402
 
 CONFIGS = tuple(f"configs/llama_{size}.json" for size in ("60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b"))
 PARALLELS = ("ddp", "fsdp", "hsdp")  # hsdp: --parallel fsdp that shards within a node and copies between nodes
 
-# ---------------------------------------------------------------------------------------- peaks, and operations of a token
+# ------------------------------------------------------------------------------------------------------------------- GPUs
 
 
 class Gpu(NamedTuple):
@@ -50,15 +52,10 @@ class Gpu(NamedTuple):
 # NVIDIA's data sheets of the SXM modules (80 GB A100); NVLink is quoted both ways there: 900 and 600 GB/s.
 # Network: a DGX has 8 adapters, of 400 Gb/s (H100, H200) or 200 Gb/s (A100).
 GPUS = {
-    "H100": Gpu(80, 989, 67, 450, 400),
-    "H200": Gpu(141, 989, 67, 450, 400),
-    "A100": Gpu(80, 312, 19.5, 300, 200),
+    "H100": Gpu(80, PEAK_FLOPS["H100"] / 1e12, 67, 450, 400),
+    "H200": Gpu(141, PEAK_FLOPS["H200"] / 1e12, 67, 450, 400),
+    "A100": Gpu(80, PEAK_FLOPS["A100"] / 1e12, 19.5, 300, 200),
 }
-
-
-def flops_a_token(config: LlamaConfig, parameters_without_embedding: int, length: int) -> float:
-    """Operations of forward and backward: 6 N + 12 L d S; N counts the head and not the embedding, which is a look-up."""
-    return 6 * parameters_without_embedding + 12 * config.num_hidden_layers * config.hidden_size * length
 
 
 # ------------------------------------------------------------------------------------------------------------ assumptions
@@ -77,7 +74,6 @@ GPUS_A_NODE = Assumption(8, "GPUs in a node", "DGX, HGX")
 EFFICIENCY = Assumption(0.8, "share of a link's data-sheet rate that a collective reaches", "assumed")
 HOP_SECONDS = Assumption(5e-6, "seconds from one GPU to the next in a collective", "assumed")
 BUCKET_BYTES = Assumption(25 * 2**20, "bytes of gradients that go in one all-reduce of ddp", "torch's default bucket_cap_mb")
-LOGIT_TOKENS = Assumption(2048, "tokens whose logits exist at a time (chunked loss)", "assumed")
 OVERLAP = Assumption(0.8, "share of the arithmetic beside which communication can run that hides it", "assumed")
 FSDP_BLOCKS = Assumption(2, "blocks that are whole at a time under fsdp, beside embedding, head and last norm", "torch prefetches one")
 SOLVER_COLUMN = Assumption(20e-6, "seconds that a GPU's eigenvalue solver takes for each column at least", "assumed: not measured yet")
@@ -92,7 +88,7 @@ memory: weights, gradients (ddp: twice, in its buckets too) and two Adam moments
 activations of a token: 16 d + c (k d + 2 (q + kv) + 4 f) bytes a block: norms in float32; c: bytes of the compute type; k: copies of
     the normed input, 5 under autocast, else 2; q, kv: widths of queries and keys; f: width of the MLP. torch.compile keeps less.
     An analysis happens when they are gone: the larger of the two counts.
-logits: tokens of a chunk times vocabulary times (c + 8) bytes: logits, their float32 copy, its gradient.
+logits: tokens of a chunk of the loss times vocabulary times c bytes, and their float32 copy where c is 2.
 seconds of an update: arithmetic + communication that is not hidden + analysis / every.
     Arithmetic: (6 N + 12 L d S) tokens / (peak x MFU), and at least BLOCK_SECONDS for each block and micro-batch ("launch-bound").
     Hidden: ddp's beside the last micro-batch's backward pass, 2/3 of it; fsdp's beside all arithmetic; OVERLAP of these.
@@ -117,7 +113,6 @@ class Model:
     name: str
     config: LlamaConfig
     parameters: int
-    embedding: int  # 0 where the head shares it
     matrices: int  # what autocast keeps copies of: the Linears, head included
     block: int
     modules: list[BalancedModule]
@@ -133,11 +128,10 @@ def read_model(path: str) -> Model:
     config = load_config(path)
     with torch.device("meta"):
         model = build_model(config)
-    embedding = 0 if config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     name = Path(path).stem.removeprefix("llama_")
-    return Model(name, config, sum(p.numel() for p in model.parameters()), embedding, matrices, block, balanced_modules(model))
+    return Model(name, config, sum(p.numel() for p in model.parameters()), matrices, block, balanced_modules(model))
 
 
 def parameter_bytes(dtype: str) -> int:
@@ -172,7 +166,8 @@ def memory_of(model: Model, parallel: str, gpus: int, micro_batch: int, length: 
     stored, compute, n = parameter_bytes(dtype), compute_bytes(dtype), model.parameters
     tokens = micro_batch * length
     activations = tokens * model.config.num_hidden_layers * activation_bytes(model.config, dtype)
-    logits = min(tokens, LOGIT_TOKENS.value) * model.config.vocab_size * (compute + 8)
+    chunk = CHUNK_BYTES["cuda"] // (4 * model.config.vocab_size)
+    logits = min(tokens, chunk) * model.config.vocab_size * (compute + (4 if compute < 4 else 0))
     analysis = analysis_memory(model, parallel, gpus, dtype)
     if parallel != "ddp":
         shards = shard_size(parallel, gpus)
@@ -295,7 +290,7 @@ def module_seconds(module: BalancedModule, gpu: Gpu) -> float:
 
 def arithmetic_seconds(model: Model, gpu: Gpu, rows: int, micro_batches: int, length: int, dtype: str, mfu: float) -> float:
     """Seconds of one GPU's `rows` in an update."""
-    flops = rows * length * flops_a_token(model.config, model.parameters - model.embedding, length)
+    flops = rows * length * llama_flops(model.config, length)
     peak = gpu.float32 if dtype == "float32" else gpu.bf16
     return max(flops / (peak * 1e12 * mfu), micro_batches * model.config.num_hidden_layers * BLOCK_SECONDS.value)
 
