@@ -39,6 +39,12 @@ LARGEST = 1 << 17  # bytes of a request; the kernel takes a little more at once
 # ------------------------------------------------------------------------------------------------------------- in the tests
 
 
+def on_ranks(script, *arguments, processes=2, options=(), **settings):
+    """Run a script under torchrun, one thread a rank; an exit code other than 0 is an error."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    return run([*torchrun, script, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **settings)
+
+
 def start(words, cold=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings):
     """`subprocess.Popen(words, stdout=..., stderr=..., cwd=..., env=...)` in a session of its own; the two are files."""
     words = list(map(str, words))
