@@ -27,8 +27,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from end_to_end.common import FAULTY, comparable, exact, kill, traced, write_config, write_text  # noqa: E402
+from end_to_end.common import FAULTY, comparable, exact, traced, write_config, write_text  # noqa: E402
 from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402, F401  loaded once, for all ranks
+from warm import kill  # noqa: E402
 
 import torchrun_main  # noqa: E402, F401
 

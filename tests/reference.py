@@ -53,8 +53,8 @@ def fit(values, method="median"):
     return best[1], best[0], best[2]
 
 
-def statistics(weight, gradient=None, method="median"):
-    values = eigenvalues(weight)
+def statistics(weight, gradient=None, method="median", values=None):
+    values = eigenvalues(weight) if values is None else values
     alpha, D, _ = fit(values, method)
     total, greatest = sum(values), max(values)
     rank = sum(1 for v in values if math.sqrt(v) > 6e-5)

@@ -4,12 +4,12 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn as nn
+import warm
 
 import alphadecay
 from alphadecay import AWD, AlphaDecay
@@ -339,13 +339,11 @@ def test_analyze_reads_every_module():
 def test_ranks_agree_with_one_process(tmp_path, processes):
     """Ranks that each analyse a share end with the same history, decays and weights, and the decays of one process without any group."""
     script = "tests/distributed_balancer.py"
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun gives each of its processes
-    alone = [sys.executable, script]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
-    for name, command in (("alone", alone), ("together", torchrun)):
+    for name in ("alone", "together"):
         (tmp_path / name).mkdir()
-        done = subprocess.run([*command, tmp_path / name], capture_output=True, text=True, timeout=120, env=one_thread)
-        assert done.returncode == 0, done.stderr[-6000:]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun gives each of its processes
+    warm.run([sys.executable, script, tmp_path / "alone"], check=True, env=one_thread)
+    warm.on_ranks(script, tmp_path / "together", processes=processes)
     expected = json.loads((tmp_path / "alone/rank0.json").read_text())
     results = [json.loads((tmp_path / f"together/rank{rank}.json").read_text()) for rank in range(processes)]
     assert all(result == results[0] for result in results)

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,6 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn as nn
+import warm
 from test_spectra import spectrum_matrix
 
 from alphadecay import AlphaDecay, engine, fit_power_law
@@ -281,9 +279,7 @@ def test_the_lag_is_below_every():
 
 def on_ranks(what, folder):
     """What each of 2 ranks wrote, and their log."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/distributed_sharded.py"]
-    done = subprocess.run([*start, what, folder], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm.on_ranks("tests/distributed_sharded.py", what, folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)], done.stderr
 
 

@@ -47,18 +47,19 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
-    """A model with gradients, the plain twin's eigenvalues and statistics, and ours."""
+    """A model with gradients, and the plain twin's names, statistics and eigenvalues."""
     torch.manual_seed(2)
     model = MODELS[request.param]()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     names = [name for name, _ in reference.balanced(model)]
-    plain = {name: reference.statistics(weight, weight.grad) for name, weight in reference.balanced(model)}
-    return model, names, plain
+    spectra = {name: reference.eigenvalues(weight) for name, weight in reference.balanced(model)}
+    plain = {name: reference.statistics(weight, weight.grad, values=spectra[name]) for name, weight in reference.balanced(model)}
+    return model, names, plain, spectra
 
 
 def test_statistics_agree(case):
-    model, names, plain = case
+    model, names, plain, _ = case
     modules = balanced_modules(model)
     assert [m.name for m in modules] == names
     weights = [m.weight for m in modules]
@@ -74,7 +75,7 @@ def test_statistics_agree(case):
 @pytest.mark.parametrize("mapping", MAPS)
 @pytest.mark.parametrize("metric", ["alpha", "alphahat", "entropy"])
 def test_decays_agree(case, mapping, metric):
-    model, names, plain = case
+    model, names, plain, _ = case
     scores = [plain[name][metric] for name in names]
     blocks = [m.block for m in balanced_modules(model)]
     for positive in (True, False):
@@ -89,7 +90,7 @@ def test_decays_agree(case, mapping, metric):
 
 def test_balancer_agrees(case):
     """The whole way: model -> parameter groups."""
-    model, names, plain = case
+    model, names, plain, _ = case
     decay = AlphaDecay(model, 0.1, 0.6666, 5)
     expected = reference.decays([plain[n]["alpha"] for n in names], 0.1, "tb_linear_map", 0.6666, 5, None)
     assert decay.weight_decays == pytest.approx(dict(zip(names, expected, strict=True)), rel=1e-4)
@@ -100,11 +101,10 @@ def test_balancer_agrees(case):
 @pytest.mark.parametrize("method", alphadecay.METHODS)
 def test_fits_pick_the_same_threshold(case, method):
     """Every fit on a few modules of each model: the twin's loops take seconds for each."""
-    model, _, _ = case
+    model, _, _, spectra = case
     modules = balanced_modules(model)
     for module in {m.type: m for m in modules if m.n_eigenvalues <= 800}.values():
-        values = reference.eigenvalues(module.weight)
-        alpha, D, threshold = reference.fit(values, method)
+        alpha, D, threshold = reference.fit(spectra[module.name], method)
         law = alphadecay.fit_power_law(alphadecay.eigenvalues(module.weight), method)
         assert law.xmin == pytest.approx(threshold, rel=TOLERANCE), module.name
         assert (law.alpha, law.D) == pytest.approx((alpha, D), rel=1e-6), module.name

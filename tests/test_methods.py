@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn as nn
+import warm
 from method_twins import CASES, PEAK, greatest_deviation, parsed, small_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,9 +32,7 @@ def test_each_method_is_its_twin(method, optimizer):
 
 
 def test_each_method_is_its_twin_on_two_ranks(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = ["tests/distributed_methods.py", tmp_path]
-    subprocess.run([*torchrun, *script], capture_output=True, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    warm.on_ranks("tests/distributed_methods.py", tmp_path)
     for rank in (0, 1):
         deviations = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert set(deviations) == {" ".join(case) for case in CASES}

@@ -1,14 +1,13 @@
 """Starting the real scripts: small configs, generated text, torchrun on 2 CPU processes."""
 
-import contextlib
 import json
 import os
 import random
 import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
+
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FINAL = "checkpoints/model_40"
@@ -79,34 +78,13 @@ def command(arguments, script="torchrun_main.py", processes=2, options=()):
 
 
 def surroundings(changes=None):
-    """The environment of a script that is started."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (changes or {})
+    """The environment of a script that is started: W&B, which takes seconds to start, only where a test asks for it."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"} | (changes or {})
 
 
-def run(arguments, script="torchrun_main.py", processes=2, check=True, environment=None, options=()):
-    """Run a script to its end; returns the finished process with its output."""
-    words = command(arguments, script, processes, options)
-    done = subprocess.run(
-        words, cwd=ROOT, env=surroundings(environment), capture_output=True, text=True, timeout=240, start_new_session=True
-    )
-    if check and done.returncode:
-        raise AssertionError(f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return done
-
-
-def descendants(pid):
-    """The processes below one: torchrun's workers are not in its process group."""
-    try:
-        children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-    except OSError:  # it has just ended
-        return []
-    return children + [below for child in children for below in descendants(child)]
-
-
-def kill(pid):
-    """SIGKILL, to a process that may have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def run(arguments, script="torchrun_main.py", processes=2, check=True, environment=None, options=(), cold=False):
+    """Run a script to its end; returns the finished process with its output. cold: from a new interpreter, see warm.py."""
+    return warm.run(command(arguments, script, processes, options), cold, check, cwd=ROOT, env=surroundings(environment))
 
 
 def read_lines(path):
@@ -147,8 +125,8 @@ def vit(inputs, name, *more, **changes):
 
 
 def traced(folder, **more):
-    """Environment for FAULTY: a trace beside the run folder, and no W&B, which takes seconds to start."""
-    return {"TRACE": f"{folder}.trace", "WANDB_MODE": "disabled", **more}
+    """Environment for FAULTY: a trace beside the run folder."""
+    return {"TRACE": f"{folder}.trace", **more}
 
 
 def trace(folder, rank=0):

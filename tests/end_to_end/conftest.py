@@ -22,12 +22,12 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def straight_run(inputs):
     """40 updates on 2 processes, nothing in their way."""
-    run(exact(inputs, "straight"), script=FAULTY, environment=traced(inputs / "straight"))
+    run(exact(inputs, "straight"), script=FAULTY, environment=traced(inputs / "straight"), cold=True)
     return inputs / "straight"
 
 
 @pytest.fixture(scope="session")
 def straight_vit(inputs):
     """The same of main_vit.py."""
-    run(vit(inputs, "vit"), script=FAULTY, environment=traced(inputs / "vit", SCRIPT="main_vit"))
+    run(vit(inputs, "vit"), script=FAULTY, environment=traced(inputs / "vit", SCRIPT="main_vit"), cold=True)
     return inputs / "vit"

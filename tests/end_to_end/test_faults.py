@@ -2,34 +2,20 @@
 
 import random
 import signal
-import subprocess
 import time
 
 import pytest
+import warm
 
-from end_to_end.common import (
-    FAULTY,
-    FINAL,
-    ROOT,
-    command,
-    comparable,
-    descendants,
-    exact,
-    kill,
-    read_lines,
-    run,
-    surroundings,
-    trace,
-    traced,
-)
+from end_to_end.common import FAULTY, FINAL, ROOT, command, comparable, exact, read_lines, run, surroundings, trace, traced
 
 
 def faulty(inputs, name, fault, *flags, once=False, environment=None, **changes):
     """The undisturbed run's settings, and a fault."""
     more = {"FAULT": fault} | ({"FAULT_ONCE": str(inputs / f"{name}.once")} if once else {}) | (environment or {})
-    options = changes.pop("options", ())
+    options, cold = changes.pop("options", ()), changes.pop("cold", False)
     arguments = exact(inputs, name, *flags, **changes)
-    return run(arguments, script=FAULTY, check=False, environment=traced(inputs / name, **more), options=options)
+    return run(arguments, script=FAULTY, check=False, environment=traced(inputs / name, **more), options=options, cold=cold)
 
 
 def resumed(inputs, name):
@@ -55,16 +41,13 @@ def test_killed_at_random_instants(inputs, straight_run):
     arguments = exact(inputs, "random", "--continue_from", "auto", save_every=4)
     kills = 0
     for _ in range(40):
-        running = subprocess.Popen(
-            command(arguments, FAULTY), cwd=ROOT, env=surroundings(traced(inputs / "random")), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        running = warm.start(command(arguments, FAULTY), cwd=ROOT, env=surroundings(traced(inputs / "random")))
         if kills < 5:
             wait_for_update(inputs / "random", running, kills * 7 + 2)
             time.sleep(rng.random() * 0.3)
             kills += running.poll() is None
-            for pid in (*descendants(running.pid), running.pid):
-                kill(pid)
+            for pid in (*warm.descendants(running.pid), running.pid):
+                warm.kill(pid)
         if running.wait(timeout=120) == 0:
             break
     wanted, found = comparable(straight_run), comparable(inputs / "random")
@@ -81,7 +64,7 @@ def wait_for_update(folder, running, update):
 
 
 def test_torchrun_restarts_resume_by_themselves(inputs, straight_run):
-    done = faulty(inputs, "restarted", "kill@27@1", once=True, options=["--max-restarts=1"])
+    done = faulty(inputs, "restarted", "kill@27@1", once=True, options=["--max-restarts=1"], cold=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continue from" in done.stderr
     assert comparable(inputs / "restarted") == comparable(straight_run)
@@ -91,7 +74,7 @@ def test_torchrun_restarts_resume_by_themselves(inputs, straight_run):
 def test_a_signal_saves_after_the_current_update(inputs, straight_run, fault, code):
     name = fault.replace("@", "-").replace(">", "-")
     update = int(fault.split("@")[1])
-    done = faulty(inputs, name, fault)
+    done = faulty(inputs, name, fault, cold=True)
     assert done.returncode == code or code is None
     assert f"stopped after update {update}; the same command with --continue_from auto goes on" in done.stderr
     assert (inputs / name / f"checkpoints/model_{update}/manifest.json").is_file()
@@ -103,7 +86,7 @@ def test_a_second_signal_ends_at_once(inputs):
     arguments = exact(inputs, "impatient", num_training_steps=100_000, save_every=100_000, eval_every=100_000)
     begun = inputs / "impatient.once"
     environment = surroundings(traced(inputs / "impatient", FAULT="slow@3@0", FAULT_ONCE=str(begun)))
-    running = subprocess.Popen(command(arguments, FAULTY, processes=1), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    running = warm.start(command(arguments, FAULTY, processes=1), cwd=ROOT, env=environment)
     while running.poll() is None and not begun.exists():
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)

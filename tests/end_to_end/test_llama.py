@@ -36,7 +36,7 @@ def test_the_reference_command_is_accepted_verbatim(monkeypatch):
 def reference_run(inputs):
     """The published command with a small config, local data and 20 steps."""
     arguments = small(inputs, num_training_steps=20, unbalancedWD_every=5, eval_every=10, save_every=10, save_dir=inputs / "reference")
-    done = run(arguments)
+    done = run(arguments, environment={"WANDB_MODE": "offline"}, cold=True)
     return inputs / "reference", done
 
 
