@@ -153,7 +153,7 @@ def main() -> None:
         if ranks.is_main:
             begin_records(checkpoint, run_folder)
         description = {"name": args.name, "arguments": vars(args), "model_config": training.config, "parameters": parameters}
-        project = args.project if args.enable_wandb else None
+        project = args.project if args.enable_wandb and not args.no_wandb else None
         dtype = torch.bfloat16 if args.use_amp else torch.float32
         work = Work.of("images", args.total_batch_size, 1, training.flops * (1 + BACKWARD), dtype, ranks)
         log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags, project, unit="images")

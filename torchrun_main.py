@@ -111,7 +111,8 @@ def main() -> None:
         dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
         flops = llama_flops(config, args.max_length) * args.max_length
         work = Work.of("tokens", args.total_batch_size, args.max_length, flops, dtype, ranks)
-        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags)
+        project = None if args.no_wandb else "alphadecay"
+        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags, project)
         checkpoints = Checkpoints(run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error)
         held.enter_context(without_garbage_collection())
         train(args, model, optimizer, decay, data, progress, work, checkpoints, log, ranks)

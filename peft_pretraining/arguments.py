@@ -150,6 +150,7 @@ def add_records(g) -> None:
     )  # fmt: skip
     g.add_argument("--name", help="name of the run and its folder (default: --wandb_name, or made of the settings)")
     g.add_argument("--wandb_name", help="name of the run in W&B (default: --name)")
+    g.add_argument("--no_wandb", action="store_true", help="keep the records in the run folder only")
     g.add_argument("--tags", default="", help="W&B tags, separated by commas")
     g.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics.jsonl (default 10)")
     g.add_argument(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from end_to_end.common import FAULTY, ROOT, descendants, exact, kill, read_lines, surroundings, traced, write_config, write_text
+from end_to_end.common import FAULTY, ROOT, exact, kill, read_lines, surroundings, traced, write_config, write_text
 
 from peft_pretraining import distributed
 

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# "Wikipedia, evaluated also on C4": eight methods, Adam and AdamW, three seeds, and a grid of eta before.
+#
+#   bash results/wikipedia/study.sh WIKIPEDIA C4 T5 [FOLDER]
+#
+#   WIKIPEDIA   articles to train on (.jsonl.xz); 1 % of them are held out    C4   documents that are never trained on
+#   T5          t5-base, or a folder with its files: it is reduced to 4,096 pieces
+#   FOLDER      where data and runs go (default runs/wikipedia). Finished runs are not repeated, broken ones go on.
+#
+# Two runs at a time, of one thread each; JOBS=N for another number. `STAGE=grid` or `STAGE=methods` does only that.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+
+wikipedia="${1:?give the articles}" c4="${2:?give the documents of C4}" t5="${3:?give the T5 tokenizer}" folder="${4:-runs/wikipedia}"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+[ -d "$folder/t5-4096" ] || python results/wikipedia/reduced_t5.py "$t5" "$folder/t5-4096" 4096
+python -m peft_pretraining.prepare_data --dataset "$wikipedia" --tokenizer "$folder/t5-4096" --vocab_size 4096 \
+    --max_tokens 20M --target_eval_tokens 400K --output "$folder/data"
+
+# one METHOD OPTIMIZER ETA SEED: the command line of a run, and of its evaluation on C4.
+one() {
+    local method="$1" name="$1-$2-$3-$4" flags=(--method "$1" --optimizer "$2" --seed "$4" --name "$1-$2-$3-$4" --save_dir "$folder/$1-$2-$3-$4")
+    [ "$method" = wd0 ] || flags+=(--weight_decay "$3")
+    case "$method" in wd0 | uniform | awd) ;; *) flags+=(--unbalancedWD_every 25 --wd_min_ratio 0.6666 --wd_max_ratio 5) ;; esac
+    echo "bash -c 'python torchrun_main.py --model_config results/wikipedia/llama_5m.json --dataset $folder/data --packing --max_length 256" \
+        "--dtype bf16_mixed --lr 2e-3 --batch_size 8 --total_batch_size 8 --num_training_steps 300 --warmup_steps 30 --log_every 25" \
+        "--eval_every 300 --target_eval_tokens 100000 --save_every 150 --keep_checkpoints 1 --continue_from auto --balance_scope all_blocks" \
+        "--no_wandb ${flags[*]} 2> $folder/$name.log &&" \
+        "python -m peft_pretraining.evaluate_checkpoint $folder/$name --documents $c4 --as c4 --target_eval_tokens 100000'"
+}
+best() { python -m peft_pretraining.tables "$folder" --best "$1" "$2"; } # METHOD OPTIMIZER: the eta of the grid with the lowest loss
+
+grid_adam="1e-5 1e-4 1e-3" grid_adamw="0.01 0.1 1"
+if [ "${STAGE:-grid}" = grid ]; then
+    for method in uniform alphadecay; do
+        for eta in $grid_adam; do one "$method" adam "$eta" 5; done
+        for eta in $grid_adamw; do one "$method" adamw "$eta" 5; done
+    done | python scripts/pool.py --jobs "${JOBS:-2}"
+fi
+if [ "${STAGE:-methods}" = methods ]; then
+    for seed in 5 6 7; do
+        for optimizer in adam adamw; do
+            uniform=$(best uniform "$optimizer") alphadecay=$(best alphadecay "$optimizer")
+            one wd0 "$optimizer" 0 "$seed"
+            one alphadecay "$optimizer" "$alphadecay" "$seed"
+            for method in uniform gradnorm type_constant inverted adadecay-module awd; do one "$method" "$optimizer" "$uniform" "$seed"; done
+        done
+    done | python scripts/pool.py --jobs "${JOBS:-2}"
+    python -m peft_pretraining.tables "$folder"
+fi
