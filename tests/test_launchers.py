@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import warm
 from end_to_end.common import FAULTY, ROOT, exact, kill, read_lines, surroundings, traced, write_config, write_text
 
 from peft_pretraining import distributed
@@ -103,7 +104,7 @@ def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
         said = [node.communicate(timeout=240)[1] for node in nodes]
     finally:
         for node in nodes:
-            for pid in (*descendants(node.pid), node.pid) if node.poll() is None else ():
+            for pid in (*warm.descendants(node.pid), node.pid) if node.poll() is None else ():
                 kill(pid)
     assert [node.returncode for node in nodes] == [0, 0], said
     assert (tmp_path / "once").exists() and any(f"continue from {run_folder}/checkpoints/model_5" in text for text in said)
