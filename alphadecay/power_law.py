@@ -136,7 +136,8 @@ def _least_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw:
     step = max(1, math.isqrt(length) // 2)
     sample = logs[::step], sizes[::step]
     rows = max(1, ONE_THREAD // sample[0].numel())
-    bounds, order = torch.cat([_distances(*sample, *part.unbind()) for part in tails.split(rows, 1)]).sort()
+    parts = [_distances(*sample, *part.unbind()) for part in (tails.split(rows, 1) if count > rows else (tails,))]
+    bounds, order = (torch.cat(parts) if count > rows else parts[0]).sort()
     best = (1.0, 0)  # D and the row; no fit is a D of 1 or, alpha being infinite, one that is not a number
     for first in range(0, count, BLOCK_ROWS):
         if not float(bounds[first]) <= best[0] + ROUNDING:

@@ -138,17 +138,17 @@ def bench_async(size: str, device: str) -> dict:
     }
 
 
-def bench_searches(n: int = 768) -> dict:
+def bench_searches(n: int = 768, calls_at_once: int = 100) -> dict:
     values = alphadecay.eigenvalues(torch.randn(2048, n, generator=torch.Generator().manual_seed(0)))
     results = {}
     for method in ("goodness-of-fit", "fix-finger", "fix-finger-reference"):
         numbers = values.tolist()
         calls = {
             "plain": lambda method=method, numbers=numbers: reference.fit(numbers, method),
-            "ours": lambda method=method: [alphadecay.fit_power_law(values, method) for _ in range(20)],
+            "ours": lambda method=method: [alphadecay.fit_power_law(values, method) for _ in range(calls_at_once)],
         }
         seconds = interleaved(calls, 9)
-        slow, fast = seconds["plain"], seconds["ours"] / 20
+        slow, fast = seconds["plain"], seconds["ours"] / calls_at_once
         same = abs(alphadecay.fit_power_law(values, method).xmin / reference.fit(numbers, method)[2] - 1) < 1e-12
         results[method] = {"plain": slow, "ours": fast, "times_faster": slow / fast, "same_threshold": same}
     return results

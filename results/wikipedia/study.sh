@@ -24,12 +24,13 @@ one() {
     [ "$method" = wd0 ] || flags+=(--weight_decay "$3")
     case "$method" in wd0 | uniform | awd) ;; *) flags+=(--unbalancedWD_every 25 --wd_min_ratio 0.6666 --wd_max_ratio 5) ;; esac
     echo "bash -c 'python torchrun_main.py --model_config results/wikipedia/llama_5m.json --dataset $folder/data --packing --max_length 256" \
-        "--dtype bf16_mixed --lr 2e-3 --batch_size 8 --total_batch_size 8 --num_training_steps 300 --warmup_steps 30 --log_every 25" \
-        "--eval_every 300 --target_eval_tokens 100000 --save_every 150 --keep_checkpoints 1 --continue_from auto --balance_scope all_blocks" \
+        "--dtype bf16_mixed --lr 2e-3 --batch_size 4 --total_batch_size 4 --num_training_steps 400 --warmup_steps 40 --log_every 25" \
+        "--eval_every 400 --target_eval_tokens 100000 --save_every 200 --keep_checkpoints 1 --continue_from auto --balance_scope all_blocks" \
         "--no_wandb ${flags[*]} 2> $folder/$name.log &&" \
         "python -m peft_pretraining.evaluate_checkpoint $folder/$name --documents $c4 --as c4 --target_eval_tokens 100000'"
 }
-best() { python -m peft_pretraining.tables "$folder" --best "$1" "$2"; } # METHOD OPTIMIZER: the eta of the grid with the lowest loss
+# METHOD OPTIMIZER: the eta of the grid with the lowest validation loss
+best() { python -m peft_pretraining.tables "$folder" --where "method=$1" "optimizer=$2" seed=5 --best weight_decay; }
 
 grid_adam="1e-5 1e-4 1e-3" grid_adamw="0.01 0.1 1"
 if [ "${STAGE:-grid}" = grid ]; then
@@ -47,5 +48,8 @@ if [ "${STAGE:-methods}" = methods ]; then
             for method in uniform gradnorm type_constant inverted adadecay-module awd; do one "$method" "$optimizer" "$uniform" "$seed"; done
         done
     done | python scripts/pool.py --jobs "${JOBS:-2}"
-    python -m peft_pretraining.tables "$folder"
+    for measure in perplexity c4:perplexity; do
+        python -m peft_pretraining.tables "$folder" --columns optimizer --pick weight_decay --measure "$measure" --against uniform \
+            --csv "results/wikipedia/${measure%%:*}.csv" | tee "results/wikipedia/${measure%%:*}.md"
+    done
 fi

@@ -1,0 +1,48 @@
+# Sourced by the scripts of the tables, with their arguments: `cell ARGUMENTS` names a run for run.sh, `make_table NAME` makes all of them
+# and prints the table.
+#
+#   --gpus G ...   as many runs at once as there are G, each on its GPUs, e.g. --gpus 0 1 or --gpus 0,1 2,3
+#   --jobs N       where there is no GPU: runs at once (default 1)
+#   --runs FOLDER  where run folders go (default runs/tables): finished runs are not repeated, broken ones go on, tables share runs
+#   --only WORD    only cells whose arguments hold the word, e.g. 60m
+#   --data DATA    a --dataset for LLaMA (default c4); for ViT the folder of ImageNet
+#   --scale S      a rehearsal: steps, batch and model shrunk, e.g. 0.001
+#   --dry_run      print the commands only
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+cells=() shared=() slots=() only="" dry_run="" runs=runs/tables
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --gpus) slots=(--gpus); shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do slots+=("$1"); shift; done; continue ;;
+        --jobs | --only | --runs | --data | --scale) [ $# -gt 1 ] || { echo "error: $1 needs a value; see --help" >&2; exit 2; } ;;
+    esac
+    case "$1" in
+        --jobs) slots=(--jobs "$2"); shift ;;
+        --only) only="$2"; shift ;;
+        --runs) runs="$2"; shift ;;
+        --data | --scale) shared+=("$1" "$2"); shift ;;
+        --dry_run) dry_run=yes shared+=(--dry_run) ;;
+        --help) sed -n 's/^#   //p' scripts/tables/table.sh; exit ;;
+        *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+cell() { [[ "$*" != *"$only"* ]] || cells+=("$*"); } # the words of a cell hold no spaces
+
+make_table() {
+    local cell commands=()
+    [ ${#cells[@]} -gt 0 ] || { echo "error: no cell holds --only $only" >&2; exit 2; }
+    # What follows -- in a cell goes to the training script, so the table's own options come before.
+    for cell in "${cells[@]}"; do commands+=("bash scripts/run.sh $(printf '%q ' --runs "$runs" "${shared[@]}")$cell"); done
+    if [ -n "$dry_run" ]; then
+        for cell in "${commands[@]}"; do eval "$cell"; done
+        return
+    fi
+    source scripts/environment.sh
+    local failed=0
+    printf '%s\n' "${commands[@]}" | python scripts/pool.py "${slots[@]}" || failed=$?
+    python -m peft_pretraining.tables "$runs" --table "$1" --csv "$runs/$1.csv"
+    return "$failed"
+}
