@@ -24,6 +24,11 @@ from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 
 METRICS, MODULES, RUN, LOCK = "metrics.jsonl", "modules.jsonl", "run.json", ".lock"
+# The published names of the mean alpha of a projection's modules.
+ALPHA_NAMES = {
+    "q_proj": "alpha_Q", "k_proj": "alpha_K", "v_proj": "alpha_V", "o_proj": "alpha_O", "gate_proj": "alpha_MLPgate",
+    "up_proj": "alpha_MLPup", "down_proj": "alpha_MLPdown",
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "timm", "wandb")
 
 
@@ -82,7 +87,8 @@ class RunLog:
             return
         self._keep(append_json, self.folder / METRICS, [record])
         if self._wandb is not None:
-            self._wandb.log(record)
+            last = ("eval_loss", "eval_tokens") if record.get("final") else ()  # the published names of the last evaluation
+            self._wandb.log(record | {f"final_{name}": record[name] for name in last if name in record})
         if self._bar is not None and "loss" in record:
             self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record[f'throughput_{self.unit}']:,.0f} {self.unit}/s")
 
@@ -93,7 +99,7 @@ class RunLog:
         self._keep(append_json, self.folder / MODULES, records)
         if self._wandb is not None:
             values = {f"{what}/{r['module']}": r[what] for r in records for what in ("alpha", "weight_decay") if r[what] is not None}
-            self._wandb.log(values | {"update_step": records[0]["step"]})
+            self._wandb.log(values | mean_alphas(records) | {"update_step": records[0]["step"]})
 
     def finish(self, summary: dict) -> None:
         """Add the run's summary to run.json and close the bar and W&B."""
@@ -117,6 +123,15 @@ class RunLog:
             if not self._warned:
                 logger.warning(f"{path} cannot be written ({error.strerror}): records are lost until there is room, training goes on")
             self._warned = True
+
+
+def mean_alphas(records: list[dict]) -> dict[str, float]:
+    """Mean alpha of each of LLaMA's projections, under its published name; those that have none are left out."""
+    alphas: dict[str, list[float]] = {}
+    for record in records:
+        if record.get("type") in ALPHA_NAMES and record["alpha"] is not None:
+            alphas.setdefault(ALPHA_NAMES[record["type"]], []).append(record["alpha"])
+    return {name: sum(values) / len(values) for name, values in alphas.items()}
 
 
 def _write_json(path: Path, content: dict) -> None:

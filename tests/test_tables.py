@@ -62,12 +62,15 @@ def test_means_spreads_published_values_and_missing_cells(tmp_path, capsys):
         make_run(tmp_path, f"--method uniform --weight_decay 1e-5 --seed {seed}", loss, loss - 1)
     make_run(tmp_path, "--method alphadecay --weight_decay 1e-5", 32.5, 31.6)
     make_run(tmp_path, "--weight_decay 0", 35.0, 33.25)
-    make_run(tmp_path, "--method awd --weight_decay 1e-5")
+    going_on = make_run(tmp_path, "--method awd --weight_decay 1e-5")
+    (going_on / "metrics.jsonl").write_text('{"update_step": 2, "eval_loss": 3.0, "perplexity": 20.1, "final": false}')
     text = table_of(capsys, tmp_path, "--table", "adam", "--csv", tmp_path / "adam.csv")
     columns = row_of(text, "method")
     assert row_of(text, "uniform")[columns.index("60m 1e-05")] == "33.70 ± 0.82 [3] (32.70 ± 0.82 / 32.39)"
     assert row_of(text, "alphadecay")[columns.index("60m 1e-05")] == "32.50 [1] (31.60 / 31.56)"
     assert row_of(text, "wd0")[columns.index("60m 0")] == "35.00 [1] (33.25 / 33.23)"
+    assert row_of(text, "awd")[columns.index("60m 1e-05")] == "(– / 33.78)"
+    assert row_of(text, "adadecay-module")[columns.index("1b 5e-06")] == "(– / 18.14)"
     assert "Missing, 49 cells" in text and "awd 60m 1e-05;" in text and "Not finished: " in text
     lines = list(csv.DictReader((tmp_path / "adam.csv").open()))
     assert len(lines) == 52 and sum(int(line["runs"]) for line in lines) == 5

@@ -233,3 +233,35 @@ def test_a_full_disk_costs_records_and_one_warning(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"update_step": 1}\n{"update_step": 3}\n'
     assert json.loads((tmp_path / "run.json").read_text())["name"] == "a"
     assert len(warnings) == 1 and "metrics.jsonl cannot be written (File too large)" in warnings[0]
+
+
+class FakeWandb:
+    def __init__(self):
+        self.lines = []
+
+    def log(self, line):
+        self.lines.append(line)
+
+
+def test_wandb_gets_the_published_names(tmp_path, monkeypatch):
+    """Means over the blocks of each projection, and the last evaluation, as the published runs call them; without a project nothing."""
+    fake = FakeWandb()
+    monkeypatch.setattr(run_log, "_start_wandb", lambda *arguments: fake)
+    types = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rows = [
+        {"step": 5, "module": f"{block}.{kind}", "type": kind, "alpha": 2.0 + block, "weight_decay": 0.1}
+        for block in (0, 1)
+        for kind in types
+    ]
+    rows[0]["alpha"] = None  # undefined: it counts for nothing
+    for project in ("alphadecay", None):
+        log = run_log.RunLog(tmp_path, ALONE, {"name": "a"}, "a", [], project)
+        log.modules(rows)
+        log.metrics({"update_step": 5, "eval_loss": 3.0, "eval_tokens": 7, "final": False})
+        log.metrics({"update_step": 6, "eval_loss": 2.0, "eval_tokens": 7, "final": True})
+    modules, during, last = fake.lines
+    assert {name: value for name, value in modules.items() if "/" not in name} == {"update_step": 5, "alpha_Q": 3.0} | {
+        f"alpha_{name}": 2.5 for name in ("K", "V", "O", "MLPgate", "MLPup", "MLPdown")
+    }
+    assert modules["alpha/1.q_proj"] == 3.0 and modules["weight_decay/0.q_proj"] == 0.1 and "alpha/0.q_proj" not in modules
+    assert "final_eval_loss" not in during and (last["final_eval_loss"], last["final_eval_tokens"]) == (2.0, 7)
