@@ -34,9 +34,10 @@ USUAL = {
 # Arguments in which two runs of one cell may differ: where they ran, what they were called, how often they said something.
 INCIDENTAL = (
     "name", "wandb_name", "save_dir", "output_dir", "seed", "continue_from", "tags", "method", "model", "log_every", "save_every",
-    "keep_checkpoints", "keep_every", "eval_every", "batch_size", "gradient_accumulation", "update_freq", "workers", "num_workers",
-    "profile", "no_wandb", "enable_wandb", "project", "compile", "loss", "parallel", "fsdp_shard_size", "on_save_error", "activation_checkpointing",
-    "single_cuda", "dataset", "data_path", "eval_data_path", "resume", "auto_resume", "save_ckpt_num", "pin_mem", "start_epoch",
+    "keep_checkpoints", "keep_every", "eval_every", "batch_size", "gradient_accumulation", "update_freq", "workers",
+    "num_workers", "profile", "no_wandb", "enable_wandb", "project", "compile", "loss", "parallel", "fsdp_shard_size",
+    "on_save_error", "activation_checkpointing", "single_cuda", "dataset", "data_path", "eval_data_path", "resume", "auto_resume",
+    "save_ckpt_num", "pin_mem", "start_epoch",
 )  # fmt: skip
 
 
