@@ -12,15 +12,18 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 import transformers
 
-from alphadecay import AWD, AdaDecay, AlphaDecay
-from peft_pretraining.modeling_llama import build_model
-from peft_pretraining.optimizer import build_optimizer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from alphadecay import AWD, AdaDecay, AlphaDecay  # noqa: E402
+from peft_pretraining.modeling_llama import build_model  # noqa: E402
+from peft_pretraining.optimizer import build_optimizer  # noqa: E402
 
 ETA = 1e-5
 
