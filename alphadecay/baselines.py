@@ -93,14 +93,16 @@ class AdaDecay:
             if group["weight_decay"]:
                 raise ValueError("the optimizer decays the weights as well: build it with decay.param_groups()")
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                theta = _half_theta(parameter.grad)
-                if is_decoupled(optimizer):
-                    add_unless_skipped(local(parameter), theta, -2 * self.weight_decay * group["lr"], optimizer)
-                else:
-                    local(parameter.grad).addcmul_(local(parameter), theta, value=2 * self.weight_decay)
+                if parameter.grad is not None:
+                    self._decay(parameter, group["lr"], optimizer)
         return False
+
+    def _decay(self, parameter: torch.Tensor, lr: float, optimizer: Optimizer) -> None:
+        theta = _half_theta(parameter.grad)
+        if is_decoupled(optimizer):
+            add_unless_skipped(local(parameter), theta, -2 * self.weight_decay * lr, optimizer)
+        else:
+            local(parameter.grad).addcmul_(local(parameter), theta, value=2 * self.weight_decay)
 
     def state_dict(self) -> dict:
         """Empty: each step's decays follow from its gradients alone."""
