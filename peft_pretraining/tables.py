@@ -291,7 +291,7 @@ def difference_text(cells: dict[tuple[str, ...], Cell], key: tuple[str, ...], ba
 def write_csv(path: Path, cells: dict[tuple[str, ...], Cell], layout: Layout, against: str | None) -> None:
     """A line for each cell, missing ones included."""
     rows, columns = axes(cells, layout)
-    split, measures = len(layout.rows), dict.fromkeys((layout.measure, layout.compared))
+    measures = dict.fromkeys((layout.measure, layout.compared) if layout.published else (layout.measure,))
     with path.open("w", newline="", encoding="utf8") as file:
         writer = csv.writer(file)
         statistics_of = [f"{name}_{what}" for name in measures for what in ("mean", "std")]
@@ -300,7 +300,7 @@ def write_csv(path: Path, cells: dict[tuple[str, ...], Cell], layout: Layout, ag
         for key in (row + column for row in rows for column in columns if expected(row + column, cells, layout) or row + column in cells):
             cell = cells.get(key, Cell())
             numbers = [x for name in measures for x in mean_and_std(list(cell.values(name).values()))]
-            base = cells.get((against, *key[1:split], *key[split:])) if against else None
+            base = cells.get((against, *key[1:])) if against and key[0] != against else None
             found = (difference(cell, base, layout.measure) if base else None) or ("", "", "")
             seeds = " ".join(map(str, sorted(cell.runs, key=str)))
             writer.writerow([*key, len(cell.runs), seeds, *numbers, layout.published.get(key, ""), *(found if against else ())])

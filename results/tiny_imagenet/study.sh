@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # ViT-tiny with patch 8 on the 100-class subset of Tiny ImageNet, at 32 x 32 pixels: uniform decay and AlphaDecay, all else equal.
 #
-#   bash benchmarks/study_vit.sh IMAGES [FOLDER] [EPOCHS]     IMAGES holds class folders in train/ and val/; EPOCHS: 3
+#   bash results/tiny_imagenet/study.sh IMAGES [FOLDER] [EPOCHS]     IMAGES holds class folders in train/ and val/; EPOCHS: 3
 #
 # Two runs at a time, of one thread each; finished runs are not repeated and broken ones go on. Too few images for a claim about
 # accuracy: it shows that both methods train, and how far seeds alone are apart.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 
-images="${1:?give the folder of the images}" folder="${2:-runs/study_vit}" epochs="${3:-3}"
+images="${1:?give the folder of the images}" folder="${2:-runs/tiny_imagenet}" epochs="${3:-3}"
 export WANDB_MODE="${WANDB_MODE:-offline}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # So short a training sees each image three times: light augmentation only.
@@ -28,13 +28,7 @@ for seed in 0 1; do
     wait -n
 done
 
-python - "$folder" <<'PYTHON'
-import json, sys
-for method in ("uniform", "alphadecay"):
-    for seed in (0, 1):
-        folder = f"{sys.argv[1]}/{method}-{seed}"
-        with open(f"{folder}/metrics.jsonl", encoding="utf8") as file:
-            final = [r for r in map(json.loads, file) if r.get("final")][-1]
-        seconds = json.load(open(f"{folder}/run.json", encoding="utf8"))["summary"]["train_seconds"]
-        print(f"{method:<11} seed {seed}: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} %, loss {final['eval_loss']:.3f}, {seconds / 60:.0f} min")
-PYTHON
+for measure in top1 top5; do
+    python -m peft_pretraining.tables "$folder" --columns data_set --measure "$measure" --against uniform \
+        --csv "results/tiny_imagenet/$measure.csv" | tee "results/tiny_imagenet/$measure.md"
+done
