@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import warm
-from end_to_end.common import FAULTY, ROOT, exact, kill, read_lines, surroundings, traced, write_config, write_text
+from end_to_end.common import FAULTY, ROOT, exact, read_lines, surroundings, traced, write_config, write_text
 
 from peft_pretraining import distributed
 
@@ -105,7 +105,7 @@ def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
     finally:
         for node in nodes:
             for pid in (*warm.descendants(node.pid), node.pid) if node.poll() is None else ():
-                kill(pid)
+                warm.kill(pid)
     assert [node.returncode for node in nodes] == [0, 0], said
     assert (tmp_path / "once").exists() and any(f"continue from {run_folder}/checkpoints/model_5" in text for text in said)
     assert [r["update_step"] for r in read_lines(run_folder / "metrics.jsonl") if "loss" in r] == list(range(1, 9))
@@ -169,7 +169,7 @@ def test_a_cancelled_run_saves_and_stays_away(slurm, tmp_path):
     job.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     assert job.poll() is None  # it waits for the checkpoint
-    os.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)
+    os.warm.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)
     assert job.wait(timeout=60) == 1
     assert calls(tmp_path)[2:] == ["saved"]
 
