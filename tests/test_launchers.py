@@ -169,7 +169,7 @@ def test_a_cancelled_run_saves_and_stays_away(slurm, tmp_path):
     job.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     assert job.poll() is None  # it waits for the checkpoint
-    os.warm.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)
+    os.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)
     assert job.wait(timeout=60) == 1
     assert calls(tmp_path)[2:] == ["saved"]
 
