@@ -43,7 +43,7 @@ if [ "${STAGE:-methods}" = methods ]; then
     for seed in 5 6 7; do
         for optimizer in adam adamw; do
             uniform=$(best uniform "$optimizer") alphadecay=$(best alphadecay "$optimizer")
-            one wd0 "$optimizer" 0 "$seed"
+            [ "$optimizer" = adamw ] || one wd0 adam 0 "$seed" # without a decay AdamW is Adam
             one alphadecay "$optimizer" "$alphadecay" "$seed"
             for method in uniform gradnorm type_constant inverted adadecay-module awd; do one "$method" "$optimizer" "$uniform" "$seed"; done
         done
