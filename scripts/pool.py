@@ -37,6 +37,9 @@ class Pool:
         for slot in slots:
             self.free.put(slot)
         self.size, self.running, self.stopped, self.lock = len(slots), set(), False, threading.Lock()
+        # Commands on one CPU share its cores: threads that wait for one another's would slow all of them many times over.
+        share = max(1, (os.cpu_count() or 1) // len(slots))
+        self.threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
 
     def run_all(self, commands: list[str]) -> list[str]:
         """Those that failed."""
@@ -49,7 +52,7 @@ class Pool:
         place, command = numbered
         slot = self.free.get()
         try:
-            surroundings = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {})
+            surroundings = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else self.threads)
             start = time.monotonic()
             with self.lock:
                 if self.stopped:

@@ -22,6 +22,7 @@ from peft_pretraining.arguments import complete, llama_parser
 from peft_pretraining.errors import UserError
 from peft_pretraining.published import TABLES
 from peft_pretraining.vision.arguments import vit_parser
+from scripts.pool import Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts/tables").glob("*.sh") if path.stem != "table")
@@ -230,6 +231,14 @@ def test_the_pool_fills_its_slots_and_names_what_failed(tmp_path):
     assert done.returncode == 1 and done.stdout.count("] done in") == 2
     assert len(done.stderr.splitlines()) == 1 and "exit 3" in done.stderr and done.stderr.startswith("failed: ")
     assert {(tmp_path / name).read_text().strip() for name in "ab"} == {"2,3", "4"}
+
+
+def test_commands_on_one_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Pool([None] * 3).threads == {"OMP_NUM_THREADS": "2"} and Pool([None] * 9).threads == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert Pool([None] * 3).threads == {"OMP_NUM_THREADS": "5"}
 
 
 def test_the_pool_passes_a_signal_on(tmp_path):
