@@ -59,6 +59,25 @@ def test_it_trains_evaluates_saves_and_reports(reference_run):
     assert done.stderr.count("data:") == 1  # one rank speaks
 
 
+def test_a_finished_run_is_evaluated_on_other_text(reference_run, inputs, tmp_path, monkeypatch, capsys):
+    """On its own validation documents it gives the run's own loss; what is known is not computed again."""
+    from peft_pretraining import evaluate_checkpoint
+    from peft_pretraining.sources import open_source, split_documents
+
+    folder, _ = reference_run
+    held_out = split_documents(open_source(str(inputs / "corpus.jsonl"), 5, tmp_path)).validation
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in held_out))
+    monkeypatch.setattr("sys.argv", ["evaluate_checkpoint", str(folder), "--documents", str(tmp_path / "own.jsonl"), "--as", "own"])
+    evaluate_checkpoint.main()
+    (record,) = read_lines(folder / "evaluations.jsonl")
+    final = read_lines(folder / "metrics.jsonl")[-1]
+    assert record["checkpoint"] == "model_20" and record["eval_tokens"] == final["eval_tokens"] > 0
+    assert record["eval_loss"] == pytest.approx(final["eval_loss"], rel=1e-3)  # bf16 weights, in batches of other shapes
+    monkeypatch.setattr(evaluate_checkpoint, "evaluate", None)
+    evaluate_checkpoint.main()
+    assert len(read_lines(folder / "evaluations.jsonl")) == 1 and capsys.readouterr().out.count("on own: loss") == 2
+
+
 def test_transformers_loads_the_checkpoint(reference_run):
     import transformers
 
