@@ -68,8 +68,10 @@ class Pool:
             self.free.put(slot)
 
     def stop(self, *_) -> None:
-        """Start nothing more, and have what runs save and end: a training answers SIGTERM with a checkpoint."""
+        """Start nothing more, and have what runs save and end: a training answers SIGTERM with a checkpoint, and a second one by dying."""
         with self.lock:
+            if self.stopped:
+                return
             self.stopped = True
             for process in self.running:
                 os.killpg(process.pid, signal.SIGTERM)

@@ -165,23 +165,32 @@ def test_a_table_script_names_its_cells(name):
 
 
 def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
-    """`fit.sh` at a thousandth: the second start repeats no finished cell, finishes the others and prints the table."""
+    """`fit.sh` at a thousandth, killed, ended by SIGTERM, and started again: no finished cell is repeated, and the table is whole."""
     words = ["bash", "scripts/tables/fit.sh", "--scale", "0.001", "--only", "60m", "--runs", str(tmp_path)]
     settings = dict(cwd=ROOT, env=os.environ | {"PATH": PATH, "ALPHADECAY_VENV": venv(tmp_path)}, text=True)
-    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **settings)
-    done = next(line for line in first.stdout if line.startswith("[1/3] done"))
+    begun = settings | dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    first = subprocess.Popen(words, **begun)
+    assert any(line.startswith("[1/3] done") for line in first.stdout)
     for pid in (*warm.descendants(first.pid), first.pid):
         warm.kill(pid)
     first.communicate()
     finished = [path for path in tmp_path.glob("*/run.json") if "summary" in json.loads(path.read_text())]
-    assert done and len(finished) == 1
+    assert len(finished) == 1
     before = finished[0].stat().st_mtime_ns
-    second = subprocess.run(words, capture_output=True, timeout=240, **settings)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert finished[0].stat().st_mtime_ns == before and f"{finished[0].parent} is finished" in second.stdout
-    assert "Rehearsed at a small scale" in second.stdout
+
+    second = subprocess.Popen(words, **begun)
+    assert any("INFO    model: " in line for line in second.stdout)
+    started = warm.descendants(second.pid)
+    second.terminate()
+    second.communicate(timeout=60)
+    assert second.returncode == 1 and len(started) > 2 and not any(Path(f"/proc/{pid}").exists() for pid in started)
+
+    third = subprocess.run(words, capture_output=True, timeout=240, **settings)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert finished[0].stat().st_mtime_ns == before and f"{finished[0].parent} is finished" in third.stdout
+    assert "Rehearsed at a small scale" in third.stdout
     for fit in ("median", "goodness-of-fit", "fix-finger"):
-        assert row_of(second.stdout, fit)[1].split(" [1]")[0].replace(".", "").isdigit()
+        assert row_of(third.stdout, fit)[1].split(" [1]")[0].replace(".", "").isdigit()
 
 
 def venv(folder):
