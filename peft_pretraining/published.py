@@ -38,7 +38,7 @@ def _main(decays: tuple[float, ...], models: dict[str, tuple[float, dict[str, tu
     """{model: (perplexity without decay, the other rows)} by (row, model, decay)."""
     published = {}
     for model, (none, rows) in models.items():
-        published |= {("wd0", model, "0"): none} | _by_decay(decays, dict(zip(METHODS[1:], rows, strict=True)), model)
+        published |= _by_decay(decays, {"wd0": (none,) * len(decays)} | dict(zip(METHODS[1:], rows, strict=True)), model)
     return published
 
 
@@ -59,9 +59,11 @@ _ADAMW = _main(
         "130m": (24.39, ((23.32, 23.81, 24.28), (24.30, 24.35, 24.41), (23.18, 23.62, 24.21), (22.66, 23.04, 23.98))),
     },
 )
-_VIT = {("wd0", "0"): 65.12} | _by_decay(
-    (5e-6, 1e-6), {"uniform": (66.97, 66.41), "awd": (65.21, 64.98), "adadecay-module": (65.86, 66.26), "alphadecay": (67.40, 67.73)}
-)
+_VIT = _by_decay(
+    (5e-6, 1e-6),
+    {"wd0": (65.12, 65.12), "uniform": (66.97, 66.41), "awd": (65.21, 64.98), "adadecay-module": (65.86, 66.26),
+     "alphadecay": (67.40, 67.73)},
+)  # fmt: skip
 _SEEDS = _by_decay(ADAM_DECAYS, {"uniform": (22.97, 23.12, 24.12), "alphadecay": (22.77, 22.54, 23.44)})
 _METRIC = _by_decay(
     ADAM_DECAYS,

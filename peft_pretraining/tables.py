@@ -177,6 +177,22 @@ def cells_of(results: list[Result], layout: Layout) -> dict[tuple[str, ...], Cel
     return cells
 
 
+def beside_every_decay(cells: dict[tuple[str, ...], Cell], layout: Layout) -> dict[tuple[str, ...], Cell]:
+    """Where columns are decays, the runs without one stand in the column of each: otherwise nothing would stand beside them."""
+    if "weight_decay" not in layout.columns or "method" not in layout.rows:
+        return cells
+    method, place = layout.rows.index("method"), len(layout.rows) + layout.columns.index("weight_decay")
+    known = [key for key in (*layout.published, *cells) if key[method] != "wd0"]
+    spread_out: dict[tuple[str, ...], Cell] = {}
+    for key, cell in cells.items():
+        first, last = key[len(layout.rows) : place], key[place + 1 :]
+        decays = {other[place] for other in known if (other[len(layout.rows) : place], other[place + 1 :]) == (first, last)}
+        if key[method] != "wd0" or not decays:
+            decays = {key[place]}
+        spread_out |= {(*key[:place], decay, *last): cell for decay in decays}
+    return spread_out
+
+
 def best_value(results: list[Result], name: str) -> object:
     """The value of a setting with the lowest mean loss over the seeds that all its values have. Raises UserError where there is none."""
     losses: dict[object, dict[object, float]] = {}
@@ -232,9 +248,9 @@ def markdown(cells: dict[tuple[str, ...], Cell], layout: Layout, against: str | 
         lines.append(f"\n{layout.measure} minus that of {against}, same seeds: mean, and 95 % interval (Student's t)\n")
         others = [row for row in rows if row != base_row]
         lines += grid(others, columns, layout, lambda key: difference_text(cells, key, base_row + key[split:], layout.measure))
-    missing = [row + column for row in rows for column in columns if expected(row + column, cells, layout) and row + column not in cells]
+    missing = [row + column for row in rows for column in columns if expected(row + column, layout) and row + column not in cells]
     if missing:
-        lines.append(f"\nMissing, {len(missing)} cells: " + "; ".join(" ".join(key) for key in missing))
+        lines.append(f"\nMissing ({len(missing)}): " + "; ".join(" ".join(key) for key in missing))
     if unfinished:
         lines.append(f"\nNot finished: {', '.join(result.place for result in unfinished)}")
     return "\n".join(lines) + "\n"
@@ -249,14 +265,19 @@ def axes(cells: dict[tuple[str, ...], Cell], layout: Layout) -> tuple[list[tuple
     """Labels of rows and of columns: those of the published table first, in its order."""
     split = len(layout.rows)
     keys = [*layout.published, *cells]
-    return list(dict.fromkeys(key[:split] for key in keys)), list(dict.fromkeys(key[split:] for key in keys))
+    columns = list(dict.fromkeys(key[split:] for key in keys))
+    return list(dict.fromkeys(key[:split] for key in keys)), columns if layout.published else sorted(columns, key=in_order)
 
 
-def expected(key: tuple[str, ...], cells: dict[tuple[str, ...], Cell], layout: Layout) -> bool:
-    """Whether a table has such a cell: a published one those that were published, another all but decays of a method without one."""
-    if layout.published:
-        return key in layout.published
-    return not ("wd0" in key and any(other != key and other[0] == "wd0" for other in cells))
+def in_order(labels: tuple[str, ...]) -> list[tuple]:
+    """Numbers by size, before words."""
+    numbers = [parsed(label) for label in labels]
+    return [(0, float(x), "") if isinstance(x, int | float) else (1, 0.0, label) for x, label in zip(numbers, labels, strict=True)]
+
+
+def expected(key: tuple[str, ...], layout: Layout) -> bool:
+    """Whether a table has such a cell: of a published one those that were published."""
+    return not layout.published or key in layout.published
 
 
 def grid(rows, columns, layout: Layout, text) -> list[str]:
@@ -267,17 +288,22 @@ def grid(rows, columns, layout: Layout, text) -> list[str]:
 
 def cell_text(cell: Cell | None, layout: Layout, published: float | None) -> str:
     values = list(cell.values(layout.measure).values()) if cell else []
-    text = f"{spread(values)} [{len(values)}]" if values else ""
+    text = f"{spread(values, layout.measure)} [{len(values)}]" if values else ""
     if published is None:
         return text
     compared = list(cell.values(layout.compared).values()) if cell else []
-    return f"{text} ({spread(compared) if compared else '–'} / {published:g})".strip()
+    return f"{text} ({spread(compared, layout.compared) if compared else '–'} / {published:g})".strip()
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], measure: str) -> str:
     """Mean ± standard deviation with n - 1; the mean alone for one value."""
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):.{digits(measure)}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits(measure)}f}" if len(values) > 1 else mean
+
+
+def digits(measure: str) -> int:
+    """Decimals worth printing: a loss is some three units, a perplexity dozens."""
+    return 4 if measure.endswith("loss") else 2
 
 
 def difference_text(cells: dict[tuple[str, ...], Cell], key: tuple[str, ...], base: tuple[str, ...], measure: str) -> str:
@@ -285,7 +311,8 @@ def difference_text(cells: dict[tuple[str, ...], Cell], key: tuple[str, ...], ba
     if found is None:
         return ""
     mean, half, pairs = found
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" if pairs > 1 else f"{mean:+.2f} (one seed)"
+    form = f"+.{digits(measure)}f"
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]" if pairs > 1 else f"{mean:{form}} (one seed)"
 
 
 def write_csv(path: Path, cells: dict[tuple[str, ...], Cell], layout: Layout, against: str | None) -> None:
@@ -297,7 +324,7 @@ def write_csv(path: Path, cells: dict[tuple[str, ...], Cell], layout: Layout, ag
         statistics_of = [f"{name}_{what}" for name in measures for what in ("mean", "std")]
         extra = ["difference", "half_interval", "pairs"] if against else []
         writer.writerow([*layout.rows, *layout.columns, "runs", "seeds", *statistics_of, "published", *extra])
-        for key in (row + column for row in rows for column in columns if expected(row + column, cells, layout) or row + column in cells):
+        for key in (row + column for row in rows for column in columns if expected(row + column, layout) or row + column in cells):
             cell = cells.get(key, Cell())
             numbers = [x for name in measures for x in mean_and_std(list(cell.values(name).values()))]
             base = cells.get((against, *key[1:])) if against and key[0] != against else None
@@ -346,7 +373,7 @@ def main() -> None:
     if args.best:
         print(shown(best_value(results, args.best)))
         return
-    cells = cells_of(picked(results, layout, args.pick) if args.pick else results, layout)
+    cells = beside_every_decay(cells_of(picked(results, layout, args.pick) if args.pick else results, layout), layout)
     print(markdown(cells, layout, args.against or layout.against, [result for result in results if not result.values]), end="")
     if args.csv:
         write_csv(args.csv, cells, layout, args.against or layout.against)

@@ -69,12 +69,13 @@ def test_means_spreads_published_values_and_missing_cells(tmp_path, capsys):
     columns = row_of(text, "method")
     assert row_of(text, "uniform")[columns.index("60m 1e-05")] == "33.70 ± 0.82 [3] (32.70 ± 0.82 / 32.39)"
     assert row_of(text, "alphadecay")[columns.index("60m 1e-05")] == "32.50 [1] (31.60 / 31.56)"
-    assert row_of(text, "wd0")[columns.index("60m 0")] == "35.00 [1] (33.25 / 33.23)"
+    for decay in ("1e-05", "5e-06", "1e-06"):  # no decay stands beside each
+        assert row_of(text, "wd0")[columns.index(f"60m {decay}")] == "35.00 [1] (33.25 / 33.23)"
     assert row_of(text, "awd")[columns.index("60m 1e-05")] == "(– / 33.78)"
     assert row_of(text, "adadecay-module")[columns.index("1b 5e-06")] == "(– / 18.14)"
-    assert "Missing, 49 cells" in text and "awd 60m 1e-05;" in text and "Not finished: " in text
+    assert "Missing (55): " in text and "awd 60m 1e-05;" in text and "Not finished: " in text
     lines = list(csv.DictReader((tmp_path / "adam.csv").open()))
-    assert len(lines) == 52 and sum(int(line["runs"]) for line in lines) == 5
+    assert len(lines) == 60 and sum(int(line["runs"]) for line in lines) == 7
     uniform = next(line for line in lines if (line["method"], line["model"], line["weight_decay"]) == ("uniform", "60m", "1e-05"))
     assert float(uniform["perplexity_std"]) == pytest.approx(statistics.stdev([33.0, 33.5, 34.6])) and uniform["published"] == "32.39"
 
@@ -161,7 +162,8 @@ def test_a_table_script_names_its_cells(name):
         assert tables.chosen([result], layout.where, layout.free), words
         found.add(result.label(layout.rows + layout.columns))
         folders.add(args.output_dir if words[script] == "main_vit.py" else args.save_dir)
-    assert len(folders) == len(commands_of(name)) and set(layout.published) <= found
+    cells = tables.beside_every_decay(dict.fromkeys(found, tables.Cell()), layout)
+    assert len(folders) == len(commands_of(name)) and set(layout.published) <= set(cells)
 
 
 def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
