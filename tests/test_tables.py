@@ -116,6 +116,12 @@ def test_variants_of_a_method_stay_out_of_the_tables_of_others(tmp_path, capsys)
     assert row_of(text, "adadecay-module")[columns.index("60m 1e-05")].startswith("31.00")
 
 
+def test_runs_without_decay_alone_keep_their_column(tmp_path, capsys):
+    make_run(tmp_path, "--weight_decay 0", 35.0)
+    text = table_of(capsys, tmp_path, "--columns", "weight_decay")
+    assert row_of(text, "method")[1] == "0" and row_of(text, "wd0")[1] == "35.00 [1]"
+
+
 def test_an_export_of_wandb(tmp_path, capsys):
     export = tmp_path / "wandb.csv"
     name = {"arguments.method": "alphadecay", "arguments.optimizer": "adamw", "arguments.weight_decay": "0.1", "arguments.seed": "5"}

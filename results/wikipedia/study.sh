@@ -44,8 +44,9 @@ if [ "${STAGE:-methods}" = methods ]; then
         for optimizer in adam adamw; do
             uniform=$(best uniform "$optimizer") alphadecay=$(best alphadecay "$optimizer")
             [ "$optimizer" = adamw ] || one wd0 adam 0 "$seed" # without a decay AdamW is Adam
-            one alphadecay "$optimizer" "$alphadecay" "$seed"
-            for method in uniform gradnorm type_constant inverted adadecay-module awd; do one "$method" "$optimizer" "$uniform" "$seed"; done
+            # A method takes the eta of the one whose range of decays it shares.
+            for method in uniform adadecay-module awd; do one "$method" "$optimizer" "$uniform" "$seed"; done
+            for method in alphadecay gradnorm type_constant inverted; do one "$method" "$optimizer" "$alphadecay" "$seed"; done
         done
     done | python scripts/pool.py --jobs "${JOBS:-2}"
     for measure in perplexity c4:perplexity; do
