@@ -20,8 +20,11 @@ python -m peft_pretraining.prepare_data --dataset "$wikipedia" --tokenizer "$fol
 
 # one METHOD OPTIMIZER ETA SEED: the command line of a run, and of its evaluation on C4.
 one() {
-    local method="$1" name="$1-$2-$3-$4" flags=(--method "$1" --optimizer "$2" --seed "$4" --name "$1-$2-$3-$4" --save_dir "$folder/$1-$2-$3-$4")
-    [ "$method" = wd0 ] || flags+=(--weight_decay "$3")
+    local method="$1" eta name
+    eta=$(printf %g "$3") # 1e-5 and 1e-05 are one run
+    name="$1-$2-$eta-$4"
+    local flags=(--method "$1" --optimizer "$2" --seed "$4" --name "$name" --save_dir "$folder/$name")
+    [ "$method" = wd0 ] || flags+=(--weight_decay "$eta")
     case "$method" in wd0 | uniform | awd) ;; *) flags+=(--unbalancedWD_every 25 --wd_min_ratio 0.6666 --wd_max_ratio 5) ;; esac
     echo "bash -c 'python torchrun_main.py --model_config results/wikipedia/llama_5m.json --dataset $folder/data --packing --max_length 256" \
         "--dtype bf16_mixed --lr 2e-3 --batch_size 4 --total_batch_size 4 --num_training_steps 400 --warmup_steps 40 --log_every 25" \
