@@ -347,7 +347,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["method"], metavar="NAME", help="arguments that name a row (default method)")
     parser.add_argument("--columns", nargs="+", default=["model", "optimizer", "weight_decay"], metavar="NAME", help="and a column")
     parser.add_argument("--measure", metavar="NAME", help="perplexity (default), eval_loss, top1, or c4:perplexity of evaluate_checkpoint")
-    parser.add_argument("--where", nargs="+", default=[], metavar="NAME=VALUE", help="only runs with these arguments")
+    parser.add_argument("--where", nargs="+", default=[], metavar="NAME=VALUE", help="only runs with these arguments, e.g. seed=5,6")
     parser.add_argument("--against", metavar="ROW", help="also the differences of all rows to this one, by seed")
     parser.add_argument("--pick", metavar="NAME", help="of each cell only the value of this argument with the lowest validation loss")
     parser.add_argument("--best", metavar="NAME", help="print that value for all runs together, and nothing else")
@@ -366,7 +366,7 @@ def main() -> None:
         layout = layout.measuring(args.measure)
     where = dict(layout.where)
     for name, value in (pair.split("=", 1) for pair in args.where):
-        where[name] = (shown(parsed(value)),)
+        where[name] = tuple(shown(parsed(one)) for one in value.split(","))
     results = chosen(read_results(args.places), where, layout.free)
     if not results:
         raise UserError(f"none of the runs in {', '.join(args.places)} belongs here: look at --table and --where")

@@ -103,6 +103,8 @@ def test_the_best_value_is_that_of_the_seeds_they_share(tmp_path, capsys):
     for eta, seed, loss in (("1e-5", 5, 30.0), ("1e-4", 5, 29.0), ("1e-5", 6, 10.0)):
         make_run(tmp_path, f"--method uniform --weight_decay {eta} --seed {seed}", loss)
     assert table_of(capsys, tmp_path, "--where", "method=uniform", "--best", "weight_decay") == "0.0001\n"
+    text = table_of(capsys, tmp_path, "--columns", "seed", "--where", "weight_decay=1e-4,1e-3")
+    assert row_of(text, "method")[1:] == ["5"] and row_of(text, "uniform")[1:] == ["29.00 [1]"]
     with pytest.raises(UserError, match="none of the runs"):
         table_of(capsys, tmp_path, "--where", "method=awd", "--best", "weight_decay")
 

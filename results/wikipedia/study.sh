@@ -41,6 +41,8 @@ if [ "${STAGE:-grid}" = grid ]; then
         for eta in $grid_adam; do one "$method" adam "$eta" 5; done
         for eta in $grid_adamw; do one "$method" adamw "$eta" 5; done
     done | python scripts/pool.py --jobs "${JOBS:-2}"
+    python -m peft_pretraining.tables "$folder" --columns optimizer weight_decay --where method=uniform,alphadecay seed=5 \
+        --measure eval_loss --csv results/wikipedia/grid.csv | tee results/wikipedia/grid.md
 fi
 if [ "${STAGE:-methods}" = methods ]; then
     for seed in 5 6 7; do
