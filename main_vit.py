@@ -207,11 +207,7 @@ def train(
         micro_batches, _, ending = next_step(steps, stop, checkpoints, ranks)
         if ending is None:
             loss = forward_backward(parallel, micro_batches, update, args, criterion, mixup, ranks)
-            if not guard.read():  # of the update before, which the device has long finished
-                ending = UserError(
-                    f"the loss or a gradient was not finite in {args.max_skipped_updates} updates in a row, up to update {update - 1}: "
-                    "lower --lr or set --clip_grad 1.0"
-                )
+            ending = guard.failure(update - 1, "--clip_grad")  # of the update before, which the device has long finished
         if ending is not None:
             if saved < update - 1:
                 save(args, training, data, progress, checkpoints)

@@ -22,7 +22,7 @@ from alphadecay.decoupled import split_hidden
 from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
 from alphadecay.methods import parse_arguments as parse_with_method
 from peft_pretraining import run_log
-from peft_pretraining.arguments import complete, llama_parser
+from peft_pretraining.arguments import complete, llama_parser, packing_of
 from peft_pretraining.checkpoint import seed_random_generators, step_of
 from peft_pretraining.data import Step, load_data, merge_positions, training_batches, validation_batches
 from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
@@ -74,33 +74,15 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, packing=args.packing and (args.packing_attention == "across" or "within"),
-            first=ranks.first,
+            args.validation_file, stream=args.stream, packing=packing_of(args), first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
-        model = build_model(config, args.use_hf_model)
-        if args.dtype == "bfloat16":
-            model = model.to(torch.bfloat16)
-        if args.activation_checkpointing:
-            model.gradient_checkpointing_enable()
-        if args.packing_attention == "within":
-            model.confine_attention(data.tokenizer.eos_id)
-        speed_up(args, model, checkpoint, ranks)
-        if args.parallel == "fsdp" and ranks.world_size > 1:
-            model = shard_model(model, ranks, args.dtype, args.fsdp_shard_size)  # before anything holds its parameters
-        else:
-            model = model.to(ranks.device)
+        model = make_model(args, config, data.tokenizer.eos_id, checkpoint, ranks)
         parameters = sum(p.numel() for p in model.parameters())
         logger.info(f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, {ranks.world_size} x {ranks.device.type}")
 
-        try:
-            decay = decay_from_flags(args, model, AWD_FACTOR)  # None: uniform
-            groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-            optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
-            reshape_from_flags(args, optimizer)  # --adamc, --cautious_decay
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        decay, optimizer = make_optimizer(args, model)
 
         progress = {"update_step": 0, "tokens_seen": 0, "position": None}
         if checkpoint:
@@ -116,6 +98,33 @@ def main() -> None:
         checkpoints = Checkpoints(run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error)
         held.enter_context(without_garbage_collection())
         train(args, model, optimizer, decay, data, progress, work, checkpoints, log, ranks)
+
+
+def make_model(args: argparse.Namespace, config, end_of_document: int, checkpoint: Path | None, ranks: Ranks) -> nn.Module:
+    """The model on this rank's device, with initial weights, as the flags ask for it."""
+    model = build_model(config, args.use_hf_model)
+    if args.dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.packing_attention == "within":
+        model.confine_attention(end_of_document)
+    speed_up(args, model, checkpoint, ranks)
+    if args.parallel == "fsdp" and ranks.world_size > 1:
+        return shard_model(model, ranks, args.dtype, args.fsdp_shard_size)  # before anything holds its parameters
+    return model.to(ranks.device)
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module):
+    """What sets the decays (None: they are uniform), and the optimizer with its groups. Raises UserError for what does not go together."""
+    try:
+        decay = decay_from_flags(args, model, AWD_FACTOR)
+        groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
+        reshape_from_flags(args, optimizer)  # --adamc, --cautious_decay
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return decay, optimizer
 
 
 def speed_up(args: argparse.Namespace, model: nn.Module, checkpoint: Path | None, ranks: Ranks) -> None:
@@ -160,11 +169,7 @@ def train(
         if ending is None:
             # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
             loss = forward_backward(parallel, step.micro_batches, targets, autocast, ranks)
-            if not guard.read():  # of the update before, which the device has long finished
-                ending = UserError(
-                    f"the loss or a gradient was not finite in {args.max_skipped_updates} updates in a row, up to update {update - 1}: "
-                    "lower --lr or set --grad_clipping 1.0"
-                )
+            ending = guard.failure(update - 1, "--grad_clipping")  # of the update before, which the device has long finished
         if ending is not None:
             if saved < update - 1:
                 save(args, model, optimizer, decay, data, progress, checkpoints, ranks)

@@ -7,6 +7,7 @@ from typing import NoReturn
 from peft_pretraining.errors import UserError
 from peft_pretraining.linear_cross_entropy import LOSSES
 from peft_pretraining.optimizer import OPTIMIZERS
+from peft_pretraining.rows import Packing
 from peft_pretraining.schedule import SCHEDULERS
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
@@ -180,6 +181,11 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     name_run(args, args.model_config.rsplit("/", 1)[-1].removesuffix(".json"))
     args.save_dir = args.save_dir or f"runs/{args.name}"
     return args
+
+
+def packing_of(args: argparse.Namespace) -> Packing:
+    """What --packing and --packing_attention ask for."""
+    return args.packing and (args.packing_attention == "across" or "within")
 
 
 def method_name(args: argparse.Namespace) -> str:

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 
-from peft_pretraining.arguments import Parser, token_count
+from peft_pretraining.arguments import Parser, packing_of, token_count
 from peft_pretraining.checkpoint import CONFIG, WEIGHTS, newest_checkpoint
 from peft_pretraining.data import validation_batches
 from peft_pretraining.distributed import Ranks, process_group, run_script
@@ -66,18 +66,17 @@ def read_evaluations(run: Path) -> list[dict]:
 
 def evaluate_on(checkpoint: Path, run: Path, args: argparse.Namespace, ranks: Ranks) -> dict:
     """See `evaluate`: a checkpoint's loss on all documents that --documents names."""
-    trained = json.loads((run / RUN).read_text(encoding="utf8"))["arguments"]
+    trained = argparse.Namespace(**json.loads((run / RUN).read_text(encoding="utf8"))["arguments"])
     config = load_config(checkpoint / CONFIG)
     tokenizer = load_tokenizer(str(checkpoint), config.vocab_size, (), checkpoint, "")
-    packing = trained["packing"] and (trained["packing_attention"] == "across" or "within")
     documents = open_files(Path(args.documents), "--documents").train
-    rows = tokenize_rows(documents, tokenizer, trained["max_length"], args.target_eval_tokens, packing)
+    rows = tokenize_rows(documents, tokenizer, trained.max_length, args.target_eval_tokens, packing_of(trained))
     model = build_model(config)
-    model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)  # not strict: a tied head is in the file once
-    if packing == "within":
+    load_model(model, checkpoint / WEIGHTS)
+    if trained.packing_attention == "within":
         model.confine_attention(tokenizer.eos_id)
-    model = model.to(ranks.device, torch.bfloat16 if trained["dtype"] == "bfloat16" else torch.float32)
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=trained["dtype"] == "bf16_mixed")
+    model = model.to(ranks.device, torch.bfloat16 if trained.dtype == "bfloat16" else torch.float32)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=trained.dtype == "bf16_mixed")
     return evaluate(model, validation_batches(rows, args.batch_size, 0, 1), ranks, autocast)
 
 

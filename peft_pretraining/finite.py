@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from peft_pretraining.distributed import Ranks
+from peft_pretraining.errors import UserError
 
 
 class FiniteGuard:
@@ -67,6 +68,13 @@ class FiniteGuard:
                 f"({self.skipped} in a row, the run stops at {self.most})"
             )
         return self.skipped < self.most
+
+    def failure(self, update: int, clipping: str) -> UserError | None:
+        """What ends the training where too many updates in a row, up to this one, were left out. clipping: the flag that may help."""
+        if self.read():
+            return None
+        rows = f"{self.most} updates in a row, up to update {update}"
+        return UserError(f"the loss or a gradient was not finite in {rows}: lower --lr or set {clipping} 1.0")
 
 
 class _Verdict:

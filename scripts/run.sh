@@ -42,7 +42,7 @@ processes=${processes:-$((${#commas} + 1))}
 scaled() { awk "BEGIN { y = int($1 * ${scale:-1} + 0.5); print (y < $2 ? $2 : y) }"; } # scaled NUMBER LEAST
 
 # ---------------------------------------------------------------------------------------------- the published settings
-# METHOD: paper, appendix (60M on one GPU, the others on two); s1 and s2 for each decay are those of its scripts.
+# Of the paper's appendix (60M on one GPU, the others on two); s1 and s2 for each decay are those of its scripts.
 total=512 micro=256 ratio=5
 case "$model" in
     60m) steps=10000 micro=512 published_lr=0.001 ;;

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from test_report import ETA, LLAMA_TYPES, evaluation, history, llama_modules, write_run
 
-from alphadecay import fit_power_law
-from peft_pretraining import figures, report
+from alphadecay import eigenvalues, fit_power_law
+from peft_pretraining import report
 from peft_pretraining.errors import UserError
+from scripts import figures
 
 ORDER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLAGS = ("use_modulewise_wd", "use_AWD_NeurIPS2023", "use_AdaDecay", "one_shot", "shuffle_decays", "type_constant", "iso_budget", "adamc",
@@ -116,6 +117,15 @@ def test_alphas_are_means_over_modules_then_seeds(tmp_path):
     np.testing.assert_allclose(adamw, plain[0])
     assert np.isnan(none).all()
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["alphadecay, adam", "alphadecay, adamw"]
+
+
+def test_alphas_of_a_method_without_spectra_are_those_of_its_checkpoint(tmp_path):
+    folder = run_of(tmp_path / "u", "uniform")
+    weights = llama_weights()
+    add_checkpoint(folder, weights)
+    (axes,) = figures.alpha_by_type(figures.entries_of(read(folder))).axes
+    plain = [np.mean([fit_power_law(eigenvalues(w)).alpha for key, w in weights.items() if f".{kind}." in key]) for kind in ORDER]
+    np.testing.assert_allclose(points_of(axes)[0][1], plain)
 
 
 def test_etas_and_models_of_a_method_are_not_averaged(tmp_path):
@@ -247,6 +257,6 @@ def test_numbers_on_axes():
 
 
 def test_imports_without_matplotlib():
-    check = "import sys, peft_pretraining.figures; print('matplotlib' in sys.modules)"
+    check = "import sys, scripts.figures; print('matplotlib' in sys.modules)"
     root = Path(figures.__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True).stdout == "False\n"

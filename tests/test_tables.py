@@ -1,7 +1,6 @@
 """Tables from run folders, the scripts that make them, and the pool that spreads their runs."""
 
 import csv
-import hashlib
 import json
 import os
 import shlex
@@ -17,12 +16,12 @@ import warm
 
 from alphadecay.flags import add_flags
 from alphadecay.methods import parse_arguments
-from peft_pretraining import tables
 from peft_pretraining.arguments import complete, llama_parser
 from peft_pretraining.errors import UserError
-from peft_pretraining.published import TABLES
 from peft_pretraining.vision.arguments import vit_parser
+from scripts import table
 from scripts.pool import Pool
+from scripts.published import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts/tables").glob("*.sh") if path.stem != "table")
@@ -46,9 +45,9 @@ def make_run(folder, words, loss=None, reference=None, **values):
 
 def table_of(capsys, *words):
     args = list(map(str, words))
-    sys_argv, sys.argv = sys.argv, ["tables", *args]
+    sys_argv, sys.argv = sys.argv, ["table.py", *args]
     try:
-        tables.main()
+        table.main()
     finally:
         sys.argv = sys_argv
     return capsys.readouterr().out
@@ -90,13 +89,36 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     assert row_of(text.split("minus that of")[1], "inverted")[1] == f"-0.70 [{-0.7 - half:+.2f}, {-0.7 + half:+.2f}]"
 
 
-def test_two_different_runs_of_one_cell_are_refused(tmp_path, capsys):
-    make_run(tmp_path, "--method uniform --weight_decay 1e-5", 30.0)
-    make_run(tmp_path, "--method uniform --weight_decay 1e-4", 29.0)
+@pytest.mark.parametrize("seed", [5, 6])
+def test_two_different_runs_of_one_cell_are_refused(seed, tmp_path, capsys):
+    """Whatever their seeds: a mean over them would be of nothing."""
+    make_run(tmp_path, "--method uniform --weight_decay 1e-5 --seed 5", 30.0)
+    make_run(tmp_path, f"--method uniform --weight_decay 1e-4 --seed {seed}", 29.0)
     with pytest.raises(UserError, match="differ in weight_decay: give --where weight_decay=VALUE, --pick weight_decay"):
         table_of(capsys, tmp_path, "--columns", "optimizer")
     assert row_of(table_of(capsys, tmp_path, "--columns", "optimizer", "--where", "weight_decay=1e-5"), "uniform")[1].startswith("30.00")
-    assert row_of(table_of(capsys, tmp_path, "--columns", "optimizer", "--pick", "weight_decay"), "uniform")[1].startswith("29.00")
+    assert row_of(table_of(capsys, tmp_path, "--columns", "optimizer", "--where", "weight_decay=1e-4"), "uniform")[1].startswith("29.00")
+
+
+def test_runs_of_other_places_are_of_one_cell_and_the_same_run_is_not_counted_twice(tmp_path, capsys):
+    make_run(tmp_path, "--method uniform --dataset /here/c4 --batch_size 64 --seed 5", 30.0)
+    make_run(tmp_path, "--method uniform --dataset /there/c4 --workers 1 --seed 6", 32.0)
+    assert row_of(table_of(capsys, tmp_path, "--columns", "optimizer"), "uniform")[1] == "31.00 ± 1.41 [2]"
+    make_run(tmp_path, "--method uniform --dataset /there/c4 --seed 6", 32.0)
+    with pytest.raises(UserError, match="are the same run: leave one of them out"):
+        table_of(capsys, tmp_path, "--columns", "optimizer")
+    make_run(tmp_path / "more", "--method awd --dataset /there/wikipedia --seed 5", 30.0)
+    make_run(tmp_path / "more", "--method awd --dataset /there/c4 --seed 6", 30.0)
+    with pytest.raises(UserError, match="differ in dataset"):
+        table_of(capsys, tmp_path / "more", "--columns", "optimizer")
+
+
+def test_of_each_cell_the_best_value_is_picked(tmp_path, capsys):
+    for eta, loss in (("1e-5", 30.0), ("1e-4", 29.0)):
+        make_run(tmp_path, f"--method uniform --weight_decay {eta}", loss)
+        make_run(tmp_path, f"--method awd --weight_decay {eta}", 60 - loss)
+    text = table_of(capsys, tmp_path, "--columns", "optimizer", "--pick", "weight_decay")
+    assert row_of(text, "uniform")[1] == "29.00 [1]" and row_of(text, "awd")[1] == "30.00 [1]"
 
 
 def test_the_best_value_is_that_of_the_seeds_they_share(tmp_path, capsys):
@@ -132,9 +154,11 @@ def test_an_export_of_wandb(tmp_path, capsys):
     with export.open("w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
-        writer.writerows([row, row | {"State": "running", "arguments.seed": "6", "perplexity": "99"}])
+        writer.writerow(row)
+        writer.writerow(row | {"arguments.seed": "6", "perplexity": "32.4"})
+        writer.writerow(row | {"State": "running", "arguments.seed": "7", "perplexity": "99"})
     text = table_of(capsys, export, "--columns", "optimizer")
-    assert row_of(text, "alphadecay") == ["alphadecay", "31.40 [1]"] and "Not finished: " in text
+    assert row_of(text, "alphadecay") == ["alphadecay", "31.90 ± 0.71 [2]"] and "Not finished: " in text
 
 
 def test_evaluations_on_other_text(tmp_path, capsys):
@@ -166,18 +190,18 @@ def test_a_table_script_names_its_cells(name):
         add_flags(parser)
         args = parse_arguments(parser, words[script + 1 :])
         args = args if words[script] == "main_vit.py" else complete(args, int(words[2].split("=")[1]))
-        result = tables.Result("", tables.settings_of(vars(args)), {"eval_loss": 1.0})
-        assert tables.chosen([result], layout.where, layout.free), words
+        result = table.Result("", table.settings_of(vars(args)), {"eval_loss": 1.0})
+        assert table.chosen([result], layout.where, layout.free), words
         found.add(result.label(layout.rows + layout.columns))
         folders.add(args.output_dir if words[script] == "main_vit.py" else args.save_dir)
-    cells = tables.beside_every_decay(dict.fromkeys(found, tables.Cell()), layout)
+    cells = table.beside_every_decay(dict.fromkeys(found, table.Cell()), layout)
     assert len(folders) == len(commands_of(name)) and set(layout.published) <= set(cells)
 
 
 def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
     """`fit.sh` at a thousandth, killed, ended by SIGTERM, and started again: no finished cell is repeated, and the table is whole."""
     words = ["bash", "scripts/tables/fit.sh", "--scale", "0.001", "--only", "60m", "--runs", str(tmp_path)]
-    settings = dict(cwd=ROOT, env=os.environ | {"PATH": PATH, "ALPHADECAY_VENV": venv(tmp_path)}, text=True)
+    settings = dict(cwd=ROOT, env=os.environ | {"PATH": PATH}, text=True)
     begun = settings | dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     first = subprocess.Popen(words, **begun)
     assert any(line.startswith("[1/3] done") for line in first.stdout)
@@ -201,17 +225,6 @@ def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
     assert "Rehearsed at a small scale" in third.stdout
     for fit in ("median", "goodness-of-fit", "fix-finger"):
         assert row_of(third.stdout, fit)[1].split(" [1]")[0].replace(".", "").isdigit()
-
-
-def venv(folder):
-    """What scripts/environment.sh takes for an environment that is installed: this one."""
-    place = folder / "venv"
-    place.mkdir()
-    digest = hashlib.sha256(Path("requirements.txt").read_bytes()).hexdigest()
-    (place / "installed").write_text(f"{sys.version.split()[0]} {digest}\n")
-    for name in ("bin", "lib", "pyvenv.cfg"):
-        (place / name).symlink_to(Path(sys.prefix) / name)
-    return str(place)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import transformers
 
 import torchrun_main
 from peft_pretraining import run_log
+from peft_pretraining.arguments import llama_parser, packing_of
 from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate, perplexity
@@ -233,6 +234,11 @@ def test_a_full_disk_costs_records_and_one_warning(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"update_step": 1}\n{"update_step": 3}\n'
     assert json.loads((tmp_path / "run.json").read_text())["name"] == "a"
     assert len(warnings) == 1 and "metrics.jsonl cannot be written (File too large)" in warnings[0]
+
+
+@pytest.mark.parametrize("flags, packing", [("", False), ("--packing", True), ("--packing --packing_attention within", "within")])
+def test_what_the_packing_flags_ask_for(flags, packing):
+    assert packing_of(llama_parser().parse_args(["--model_config", "x", *flags.split()])) is packing
 
 
 class FakeWandb:

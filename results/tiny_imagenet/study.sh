@@ -29,6 +29,6 @@ for seed in 0 1; do
 done
 
 for measure in top1 top5; do
-    python -m peft_pretraining.tables "$folder" --columns data_set --measure "$measure" --against uniform \
+    python scripts/table.py "$folder" --columns data_set --measure "$measure" --against uniform \
         --csv "results/tiny_imagenet/$measure.csv" | tee "results/tiny_imagenet/$measure.md"
 done

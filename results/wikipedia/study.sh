@@ -33,7 +33,7 @@ one() {
         "python -m peft_pretraining.evaluate_checkpoint $folder/$name --documents $c4 --as c4 --target_eval_tokens 100000'"
 }
 # METHOD OPTIMIZER: the eta of the grid with the lowest validation loss
-best() { python -m peft_pretraining.tables "$folder" --where "method=$1" "optimizer=$2" seed=5 --best weight_decay; }
+best() { python scripts/table.py "$folder" --where "method=$1" "optimizer=$2" seed=5 --best weight_decay; }
 
 grid_adam="1e-5 1e-4 1e-3" grid_adamw="0.01 0.1 1"
 if [ "${STAGE:-grid}" = grid ]; then
@@ -41,7 +41,7 @@ if [ "${STAGE:-grid}" = grid ]; then
         for eta in $grid_adam; do one "$method" adam "$eta" 5; done
         for eta in $grid_adamw; do one "$method" adamw "$eta" 5; done
     done | python scripts/pool.py --jobs "${JOBS:-2}"
-    python -m peft_pretraining.tables "$folder" --columns optimizer weight_decay --where method=uniform,alphadecay seed=5 \
+    python scripts/table.py "$folder" --columns optimizer weight_decay --where method=uniform,alphadecay seed=5 \
         --measure eval_loss --csv results/wikipedia/grid.csv | tee results/wikipedia/grid.md
 fi
 if [ "${STAGE:-methods}" = methods ]; then
@@ -55,7 +55,7 @@ if [ "${STAGE:-methods}" = methods ]; then
         done
     done | python scripts/pool.py --jobs "${JOBS:-2}"
     for measure in perplexity c4:perplexity; do
-        python -m peft_pretraining.tables "$folder" --columns optimizer --pick weight_decay --measure "$measure" --against uniform \
+        python scripts/table.py "$folder" --columns optimizer --pick weight_decay --measure "$measure" --against uniform \
             --csv "results/wikipedia/${measure%%:*}.csv" | tee "results/wikipedia/${measure%%:*}.md"
     done
 fi

@@ -40,12 +40,12 @@ make_table() {
         for cell in "${commands[@]}"; do eval "$cell"; done
         return
     fi
-    source scripts/environment.sh
+    command -v torchrun > /dev/null || source scripts/environment.sh
     local failed=0
     python scripts/pool.py "${slots[@]}" < <(printf '%s\n' "${commands[@]}") &
     trap "kill $!" INT TERM # runs then save and end, see pool.py; started again the table goes on
     while kill -0 $! 2> /dev/null; do wait $! && failed=0 || failed=$?; done
     trap - INT TERM
-    python -m peft_pretraining.tables "$runs" --table "$1" --csv "$runs/$1.csv"
+    python scripts/table.py "$runs" --table "$1" --csv "$runs/$1.csv"
     return "$failed"
 }

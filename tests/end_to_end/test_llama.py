@@ -72,7 +72,7 @@ def test_a_finished_run_is_evaluated_on_other_text(reference_run, inputs, tmp_pa
     (record,) = read_lines(folder / "evaluations.jsonl")
     final = read_lines(folder / "metrics.jsonl")[-1]
     assert record["checkpoint"] == "model_20" and record["eval_tokens"] == final["eval_tokens"] > 0
-    assert record["eval_loss"] == pytest.approx(final["eval_loss"], rel=1e-3)  # bf16 weights, in batches of other shapes
+    assert record["eval_loss"] == pytest.approx(final["eval_loss"], rel=1e-5)  # in batches of other shapes
     monkeypatch.setattr(evaluate_checkpoint, "evaluate", None)
     evaluate_checkpoint.main()
     assert len(read_lines(folder / "evaluations.jsonl")) == 1 and capsys.readouterr().out.count("on own: loss") == 2

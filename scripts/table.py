@@ -1,8 +1,8 @@
 """Tables of finished runs: means over seeds, differences between methods, the published values beside them, and what is missing.
 
-    python -m peft_pretraining.tables runs/tables --table adam                            a table of the paper
-    python -m peft_pretraining.tables runs/mine --rows method --columns optimizer         any other: names of arguments, `model`, `method`
-    python -m peft_pretraining.tables runs/mine --where method=uniform --best weight_decay     the value with the lowest loss
+    python scripts/table.py runs/tables --table adam                            a table of the paper
+    python scripts/table.py runs/mine --rows method --columns optimizer         any other: names of arguments, `model`, `method`
+    python scripts/table.py runs/mine --where method=uniform --best weight_decay     the value with the lowest loss
 
 It reads run folders (any depth below those given) and W&B's CSV exports of runs, and writes Markdown, or CSV with --csv FILE.
 """
@@ -17,28 +17,33 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alphadecay.methods import METHODS
-from peft_pretraining.arguments import Parser, method_name
-from peft_pretraining.distributed import run_script
-from peft_pretraining.errors import UserError
-from peft_pretraining.evaluate_checkpoint import read_evaluations
-from peft_pretraining.published import TABLES, Layout
-from peft_pretraining.report import final_evaluation, number, read_run, section
-from peft_pretraining.run_log import RUN
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from alphadecay.methods import METHODS  # noqa: E402
+from peft_pretraining.arguments import Parser, method_name  # noqa: E402
+from peft_pretraining.distributed import run_script  # noqa: E402
+from peft_pretraining.errors import UserError  # noqa: E402
+from peft_pretraining.evaluate_checkpoint import read_evaluations  # noqa: E402
+from peft_pretraining.report import final_evaluation, number, read_run, section  # noqa: E402
+from peft_pretraining.run_log import RUN  # noqa: E402
+from scripts.published import TABLES, Layout  # noqa: E402
 
 # The published setting of every method that does not name another.
 USUAL = {
     "esd_metric_for_tb": "alpha", "assign_func": "tb_linear_map", "pl_fitting": "median", "xmin_pos": 2.0, "unbalancedWD_every": 500,
     "balance_scope": "reference", "remove_first_layer": True, "remove_last_layer": True, "filter_zeros": False, "esd_async": False,
 }  # fmt: skip
-# Arguments in which two runs of one cell may differ: where they ran, what they were called, how often they said something.
-INCIDENTAL = (
-    "name", "wandb_name", "save_dir", "output_dir", "seed", "continue_from", "tags", "method", "model", "log_every", "save_every",
-    "keep_checkpoints", "keep_every", "eval_every", "batch_size", "gradient_accumulation", "update_freq", "workers",
-    "num_workers", "profile", "no_wandb", "enable_wandb", "project", "compile", "loss", "parallel", "fsdp_shard_size",
-    "on_save_error", "activation_checkpointing", "single_cuda", "dataset", "data_path", "eval_data_path", "resume", "auto_resume",
-    "save_ckpt_num", "pin_mem", "start_epoch",
-)  # fmt: skip
+SETTING = "arguments."  # how W&B begins the name of one
+# Arguments in which two runs of one cell may differ: what they were called, where they ran, how often they said something.
+INCIDENTAL = {
+    "name", "wandb_name", "save_dir", "output_dir", "seed", "continue_from", "resume", "auto_resume", "start_epoch", "tags", "method",
+    "log_every", "save_every", "keep_checkpoints", "keep_every", "save_ckpt_num", "on_save_error", "eval_every", "batch_size",
+    "gradient_accumulation", "update_freq", "workers", "num_workers", "pin_mem", "profile", "no_wandb", "enable_wandb", "project",
+    "compile", "loss", "parallel", "fsdp_shard_size", "activation_checkpointing", "single_cuda", "device", "dist_eval",
+}  # fmt: skip
+# Places that have another path on every machine: their last part counts.
+PLACES = {"dataset", "data_path", "eval_data_path", "validation_file", "tokenizer", "model_config"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading runs
@@ -95,16 +100,17 @@ def read_folder(folder: Path) -> Result:
 
 
 def read_export(path: Path) -> list[Result]:
-    """The finished runs of a CSV file of W&B, whose columns are named as our settings and final numbers are."""
+    """The finished runs of a CSV file of W&B: columns `arguments.NAME` are settings, the others numbers at the end."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     results = []
     with path.open(newline="", encoding="utf8") as file:
         for row in csv.DictReader(file):
-            cells = {name.removeprefix("arguments."): parsed(text) for name, text in row.items() if name and text}
-            values = {name: float(value) for name, value in cells.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-            finished = cells.get("State", "finished") == "finished" and "final_eval_loss" in values
-            results.append(Result(f"{path}: {cells.get('Name', len(results) + 1)}", settings_of(cells), values if finished else {}))
+            cells = {name: parsed(text) for name, text in row.items() if name and text}
+            settings = settings_of({name.removeprefix(SETTING): cell for name, cell in cells.items() if name.startswith(SETTING)})
+            values = {name: float(cell) for name, cell in cells.items() if isinstance(cell, int | float) and not isinstance(cell, bool)}
+            finished = cells.get("State") == "finished" and "final_eval_loss" in values
+            results.append(Result(f"{path}: {cells.get('Name', len(results) + 1)}", settings, values if finished else {}))
     return results
 
 
@@ -161,20 +167,28 @@ def chosen(results: list[Result], where: dict[str, tuple[str, ...]], free: tuple
 
 
 def cells_of(results: list[Result], layout: Layout) -> dict[tuple[str, ...], Cell]:
-    """Finished runs by their row's and column's labels. Raises UserError for two of one cell and seed that are not the same run."""
+    """Finished runs by their row's and column's labels. Raises UserError where those of a cell differ in more than the seed."""
     cells: dict[tuple[str, ...], Cell] = {}
     for result in results:
         if not result.values:
             continue
         runs = cells.setdefault(result.label(layout.rows + layout.columns), Cell()).runs
+        other = next(iter(runs.values()), result)
+        if odd := differences(other.settings, result.settings):
+            raise UserError(
+                f"{other.place} and {result.place} are of one cell but differ in {', '.join(odd)}: "
+                f"give --where {odd[0]}=VALUE, --pick {odd[0]}, or name it in --columns"
+            )
         twin = runs.setdefault(result.settings.get("seed"), result)
         if twin is not result:
-            odd = [n for n in sorted(twin.settings) if n not in INCIDENTAL and twin.settings[n] != result.settings.get(n)]
-            advice = f"give --where {odd[0]}=VALUE, --pick {odd[0]}, or name it in --columns" if odd else "leave one of them out"
-            raise UserError(
-                f"{twin.place} and {result.place} are of one cell and seed, but differ in {', '.join(odd) or 'nothing'}: {advice}"
-            )
+            raise UserError(f"{twin.place} and {result.place} are the same run: leave one of them out")
     return cells
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """Settings that both have and that decide what is trained, in which they differ."""
+    names = sorted(one.keys() & other.keys() - INCIDENTAL)
+    return [n for n in names if one[n] != other[n] and not (n in PLACES and Path(str(one[n])).name == Path(str(other[n])).name)]
 
 
 def beside_every_decay(cells: dict[tuple[str, ...], Cell], layout: Layout) -> dict[tuple[str, ...], Cell]:
@@ -341,7 +355,7 @@ def mean_and_std(values: list[float]) -> tuple[object, object]:
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="tables", description="Tables of finished runs, with spreads and the published values.", allow_abbrev=False)
+    parser = Parser(prog="table.py", description="Tables of finished runs, with spreads and the published values.", allow_abbrev=False)
     parser.add_argument("places", nargs="+", metavar="RUNS", help="folders that hold run folders, or CSV files that W&B exported")
     parser.add_argument("--table", choices=TABLES, help="a table of the paper")
     parser.add_argument("--rows", nargs="+", default=["method"], metavar="NAME", help="arguments that name a row (default method)")

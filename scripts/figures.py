@@ -1,10 +1,10 @@
 """Figures for a paper, drawn from run folders: alphas, decays, spectra, and the result against eta.
 
-    python -m peft_pretraining.figures RUN [RUN ...] --output FOLDER [--format pdf|svg|png] [--block N]
+    python scripts/figures.py RUN [RUN ...] --output FOLDER [--format pdf|svg|png] [--block N]
 
 writes into FOLDER, at the width of one column (3.4 inches) or two (7), and prints the path of each file:
 
-alpha_by_type                               mean alpha of each module type at the last analysis
+alpha_by_type                               mean alpha of each module type at the last analysis, or in the newest checkpoint
 decays_RUN                                  decay and alpha of every module at the last analysis, for each module-wise run
 esd_RUN                                     eigenvalues of one block's weights in the newest checkpoint, and the fitted tails
 perplexity_against_decay, top1_against_decay    the final result of language models, of vision models
@@ -14,6 +14,7 @@ Runs that differ in nothing but the seed are one point: their mean, the bar thei
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
@@ -24,17 +25,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from alphadecay import PowerLaw, UndefinedPowerLaw, eigenvalues, fit_power_law
-from alphadecay.modules import block_of
-from peft_pretraining import arguments, report
-from peft_pretraining.checkpoint import WEIGHTS, newest_checkpoint, step_of
-from peft_pretraining.distributed import run_script
-from peft_pretraining.errors import UserError
-from peft_pretraining.report import MARKERS, PALETTE, USUAL_ORDER, Modules, Run
+import numpy as np  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from alphadecay import PowerLaw, UndefinedPowerLaw, eigenvalues, fit_power_law  # noqa: E402
+from alphadecay.modules import block_of  # noqa: E402
+from peft_pretraining import arguments, report  # noqa: E402
+from peft_pretraining.checkpoint import WEIGHTS, newest_checkpoint, step_of  # noqa: E402
+from peft_pretraining.distributed import run_script  # noqa: E402
+from peft_pretraining.errors import UserError  # noqa: E402
+from peft_pretraining.report import MARKERS, PALETTE, USUAL_ORDER, Modules, Run  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,10 +166,10 @@ def type_means(modules: Modules) -> dict[str, float]:
 
 def alpha_by_type(entries: Sequence[Entry]) -> Figure:
     """Mean alpha by module type: a colour for each method; optimizers and etas of a method stand apart where there are several."""
-    means = {id(entry.run): type_means(entry.run.modules) for entry in entries if entry.run.modules is not None}
+    means = {id(entry.run): entry.run.modules and type_means(entry.run.modules) or checkpoint_means(entry.run) for entry in entries}
     entries = [entry for entry in entries if means.get(id(entry.run))]
     if not entries:
-        raise UserError("no alpha_by_type: no run has an alpha in modules.jsonl; give runs of a method that reads spectra, as alphadecay")
+        raise UserError("no alpha_by_type: no run has an alpha in modules.jsonl or a checkpoint to read it off; give runs that kept one")
     kinds = usual(kind for entry in entries for kind in means[id(entry.run)])
     groups, optimizers = grouped(entries, "method", "optimizer", "eta"), list(grouped(entries, "optimizer"))
     figure, shown = new_figure(PAGE if len(groups) * len(kinds) > 28 else COLUMN, 2.3 + 0.12 * math.ceil(len(groups) / 2)), {}
@@ -235,32 +239,51 @@ def outer_axes(grid: list[Axes], free: list[Axes], twins: list[Axes], modules: M
         axes.spines["left"].set_visible(False)
 
 
-def block_spectra(run: Run, number: int | None) -> tuple[str, dict[str, Tensor]]:
-    """(which block at which update, eigenvalues of its modules by name) of the newest checkpoint. UserError where there are none.
-
-    number: of the block, counted from 0; the middle one by default.
-    """
+@contextlib.contextmanager
+def block_weights(run: Run) -> Iterator[tuple[Path, Any, list[str]]]:
+    """The newest checkpoint, its open file of weights, and the names in it of the matrices and kernels of blocks. UserError: none."""
     checkpoint = newest_checkpoint(run.folder)
     if checkpoint is None:
         raise UserError(f"no spectra of {run.label}: the run has no checkpoint")
     try:
         with safe_open(checkpoint / WEIGHTS, "pt") as file:
             keys = [key for key in file.keys() if key.endswith(".weight") and len(file.get_slice(key).get_shape()) in (2, 4)]
-            # Names cut into texts and numbers, which sort as 2 < 10.
-            blocks = sorted({block_of(key) for key in keys} - {None}, key=lambda name: [int(p) if p.isdigit() else p for p in
-                            re.split(r"(\d+)", name)])  # fmt: skip
-            if not blocks or number is not None and not 0 <= number < len(blocks):
-                hint = f"give --block a number from 0 to {len(blocks) - 1}" if blocks else "its weights are in no numbered block"
-                raise UserError(f"no spectra of {run.label}: {hint}")
-            block = blocks[len(blocks) // 2 if number is None else number]
-            names = {key: key.removeprefix(f"{block}.").removesuffix(".weight") for key in keys if block_of(key) == block}
-            spectra = {name: eigenvalues(file.get_tensor(key)) for key, name in names.items()}
+            yield checkpoint, file, [key for key in keys if block_of(key)]
     except (OSError, SafetensorError, ValueError) as error:  # a run that goes on may delete a checkpoint; weights may be nan
         raise UserError(f"no spectra of {run.label}: {checkpoint.name} cannot be read ({error})") from None
+
+
+def block_spectra(run: Run, number: int | None) -> tuple[str, dict[str, Tensor]]:
+    """(which block at which update, eigenvalues of its modules by name) of the newest checkpoint. UserError where there are none.
+
+    number: of the block, counted from 0; the middle one by default.
+    """
+    with block_weights(run) as (checkpoint, file, keys):
+        # Names cut into texts and numbers, which sort as 2 < 10.
+        blocks = sorted({block_of(key) for key in keys}, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+        if not blocks or number is not None and not 0 <= number < len(blocks):
+            hint = f"give --block a number from 0 to {len(blocks) - 1}" if blocks else "its weights are in no numbered block"
+            raise UserError(f"no spectra of {run.label}: {hint}")
+        block = blocks[len(blocks) // 2 if number is None else number]
+        names = {key: key.removeprefix(f"{block}.").removesuffix(".weight") for key in keys if block_of(key) == block}
+        spectra = {name: eigenvalues(file.get_tensor(key)) for key, name in names.items()}
     short = {name: name.rsplit(".", 1)[-1] for name in spectra}
     if len(set(short.values())) == len(short):
         spectra = {short[name]: values for name, values in spectra.items()}
     return f"{block}\n{report.moment_name(step_of(checkpoint))}", {name: spectra[name] for name in usual(spectra)}
+
+
+def checkpoint_means(run: Run) -> dict[str, float]:
+    """Mean alpha of each module type in the newest checkpoint: for methods that read no spectra while training."""
+    alphas: dict[str, list[float]] = {}
+    try:
+        with block_weights(run) as (_, file, keys):
+            for key in keys:
+                if fit := fitted_tail(run, eigenvalues(file.get_tensor(key))):
+                    alphas.setdefault(key.split(".")[-2], []).append(fit.alpha)
+    except UserError:  # it is left out of the figure, as runs without an alpha are
+        return {}
+    return {kind: float(np.mean(values)) for kind, values in alphas.items()}
 
 
 def fitted_tail(run: Run, values: Tensor) -> PowerLaw | None:
@@ -411,7 +434,7 @@ def draw(runs: Sequence[Run], folder: Path, kind: str = "pdf", block: int | None
 
 
 def main() -> None:
-    parser = arguments.Parser(prog="python -m peft_pretraining.figures", description="Draw a paper's figures from run folders.")
+    parser = arguments.Parser(prog="figures.py", description="Draw a paper's figures from run folders.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, those that hold run.json")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the files go")
     parser.add_argument("--format", choices=FORMATS, default="pdf", help="of the files (default pdf)")
