@@ -26,44 +26,26 @@ from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
 from alphadecay import AWD, AdaDecay, AlphaDecay
-from alphadecay.decoupled import split_hidden
-from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
-from alphadecay.methods import parse_arguments as parse_with_method
+from alphadecay.decay_hooks import split_hidden
+from alphadecay.cli.flags import add_flags, decay_from_flags, reshape_from_flags
+from alphadecay.cli.presets import parse_arguments as parse_with_method
 from peft_pretraining import run_log
-from peft_pretraining.checkpoint import WEIGHTS, find_checkpoint, seed_random_generators, step_of
-from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
+from peft_pretraining.checkpoint.load import WEIGHTS, find_checkpoint, seed_random_generators, step_of
+from peft_pretraining.parallel.process_group import Ranks, process_group, run_script, world_size_of_environment
 from peft_pretraining.errors import UserError
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.interruption import StopRequest
-from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.resuming import begin_records, resume, starting_point
-from peft_pretraining.saving import Checkpoints
-from peft_pretraining.schedule import lr_factor
-from peft_pretraining.throughput import BACKWARD, Clock, Work, profiled
-from peft_pretraining.vision.accuracy import evaluate
-from peft_pretraining.vision.arguments import complete, vit_parser
-from peft_pretraining.vision.batches import (
-    TRAINING,
-    Batch,
-    TrainingSamples,
-    ValidationSamples,
-    seed_everything,
-    training_steps,
-    training_transform,
-    validation_batches,
-    validation_transform,
-)
-from peft_pretraining.vision.images import ImageData, load_images
-from peft_pretraining.vision.models import (
-    RunningStatistics,
-    build_model,
-    current_name,
-    export,
-    forward_flops,
-    load_weights,
-    timm_config,
-)
+from peft_pretraining.optim.nonfinite import FiniteGuard
+from peft_pretraining.train.signals import StopRequest
+from peft_pretraining.train.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
+from peft_pretraining.optim.optimizer import build_optimizer
+from peft_pretraining.train.resume import begin_records, resume, starting_point
+from peft_pretraining.checkpoint.save import Checkpoints
+from peft_pretraining.optim.schedule import lr_factor
+from peft_pretraining.train.throughput import BACKWARD, Clock, Work, profiled
+from peft_pretraining.vision.evaluation import evaluate
+from peft_pretraining.cli.vit import complete, vit_parser
+from peft_pretraining.vision.loader import TRAINING, Batch, TrainingSamples, ValidationSamples, seed_everything, training_steps, training_transform, validation_batches, validation_transform
+from peft_pretraining.vision.datasets import ImageData, load_images
+from peft_pretraining.vision.models import RunningStatistics, build_model, current_name, export, forward_flops, load_weights, timm_config
 
 AWD_FACTOR = 50  # lambda_awd = 50 * eta in the published ViT runs
 

@@ -18,28 +18,28 @@ import torch
 import torch.nn as nn
 from loguru import logger
 
-from alphadecay.decoupled import split_hidden
-from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
-from alphadecay.methods import parse_arguments as parse_with_method
+from alphadecay.decay_hooks import split_hidden
+from alphadecay.cli.flags import add_flags, decay_from_flags, reshape_from_flags
+from alphadecay.cli.presets import parse_arguments as parse_with_method
 from peft_pretraining import run_log
-from peft_pretraining.arguments import complete, llama_parser, packing_of
-from peft_pretraining.checkpoint import seed_random_generators, step_of
-from peft_pretraining.data import Step, load_data, merge_positions, training_batches, validation_batches
-from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
+from peft_pretraining.cli.llama import complete, llama_parser, packing_of
+from peft_pretraining.checkpoint.load import seed_random_generators, step_of
+from peft_pretraining.data.dataset import Step, load_data, merge_positions, training_batches, validation_batches
+from peft_pretraining.parallel.process_group import Ranks, process_group, run_script, world_size_of_environment
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluation import evaluate
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.fsdp import exchange_gradients, shard_model
-from peft_pretraining.interruption import StopRequest
-from peft_pretraining.linear_cross_entropy import choose
-from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
-from peft_pretraining.modeling_llama import build_model, load_config, target_rows
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.resuming import begin_records, resume, saved_argument, starting_point
-from peft_pretraining.rows import IGNORED
-from peft_pretraining.saving import Checkpoints
-from peft_pretraining.schedule import lr_factor
-from peft_pretraining.throughput import Clock, Work, llama_flops, profiled
+from peft_pretraining.train.evaluation import evaluate
+from peft_pretraining.optim.nonfinite import FiniteGuard
+from peft_pretraining.parallel.fsdp import exchange_gradients, shard_model
+from peft_pretraining.train.signals import StopRequest
+from peft_pretraining.model.linear_cross_entropy import choose
+from peft_pretraining.train.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
+from peft_pretraining.model.modeling_llama import build_model, load_config, target_rows
+from peft_pretraining.optim.optimizer import build_optimizer
+from peft_pretraining.train.resume import begin_records, resume, saved_argument, starting_point
+from peft_pretraining.data.sequences import IGNORED
+from peft_pretraining.checkpoint.save import Checkpoints
+from peft_pretraining.optim.schedule import lr_factor
+from peft_pretraining.train.throughput import Clock, Work, llama_flops, profiled
 
 AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
 

@@ -3,12 +3,12 @@
 from alphadecay.analysis import analyze
 from alphadecay.assignment import MAPS, assign_decays
 from alphadecay.balancer import AlphaDecay
-from alphadecay.baselines import AWD, AdaDecay
-from alphadecay.decoupled import reshape_decay, split_hidden
+from alphadecay.baselines.awd import AWD, AdaDecay
+from alphadecay.decay_hooks import reshape_decay, split_hidden
 from alphadecay.modules import SCOPES, balanced_modules
-from alphadecay.power_law import METHODS, PowerLaw, UndefinedPowerLaw, fit_power_law
-from alphadecay.spectra import eigenvalues
-from alphadecay.statistics import METRICS
+from alphadecay.spectral.power_law import METHODS, PowerLaw, UndefinedPowerLaw, fit_power_law
+from alphadecay.spectral.eigenvalues import eigenvalues
+from alphadecay.spectral.statistics import METRICS
 
 __version__ = "0.1.0"
 __all__ = [

@@ -4,9 +4,9 @@ import math
 
 import torch.nn as nn
 
-from alphadecay.engine import SpectralEngine, gradient_norms
+from alphadecay.spectral.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import spectral_modules
-from alphadecay.statistics import FAILURES
+from alphadecay.spectral.statistics import FAILURES
 
 
 def analyze(model: nn.Module, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False) -> list[dict]:

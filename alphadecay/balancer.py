@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from alphadecay.assignment import MAPS, assign_decays
 from alphadecay.controls import constant_ratios, permutation, shape_multipliers, to_budget
-from alphadecay.engine import SpectralEngine, gradient_norms
+from alphadecay.spectral.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import BalancedModule, balanced_modules, batchnorm_followers, unwrap
-from alphadecay.power_law import METHODS
-from alphadecay.sharding import agreed_choices, assign_owners, check_agreement, gather_rows, is_sharded, rank_and_size, whole_weight
-from alphadecay.statistics import COLUMNS, FAILURES, METRICS, SOLVER_FAILED, empty_row
+from alphadecay.spectral.power_law import METHODS
+from alphadecay.distributed import agreed_choices, assign_owners, check_agreement, gather_rows, is_sharded, rank_and_size, whole_weight
+from alphadecay.spectral.statistics import COLUMNS, FAILURES, METRICS, SOLVER_FAILED, empty_row
+
 
 logger = logging.getLogger(__name__)
 

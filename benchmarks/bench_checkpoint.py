@@ -26,11 +26,11 @@ from loguru import logger
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from peft_pretraining.checkpoint import optimizer_state_by_name  # noqa: E402
-from peft_pretraining.distributed import Ranks  # noqa: E402
-from peft_pretraining.modeling_llama import build_model, load_config  # noqa: E402
-from peft_pretraining.optimizer import build_optimizer  # noqa: E402
-from peft_pretraining.saving import Checkpoints  # noqa: E402
+from peft_pretraining.checkpoint.load import optimizer_state_by_name  # noqa: E402
+from peft_pretraining.parallel.process_group import Ranks  # noqa: E402
+from peft_pretraining.model.modeling_llama import build_model, load_config  # noqa: E402
+from peft_pretraining.optim.optimizer import build_optimizer  # noqa: E402
+from peft_pretraining.checkpoint.save import Checkpoints  # noqa: E402
 
 LENGTH = 256
 

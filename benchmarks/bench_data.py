@@ -29,7 +29,7 @@ BATCH, LENGTH = 512, 256
 
 
 def documents() -> tuple[str, Iterator[str]]:
-    from peft_pretraining.sources import cache_folder, open_pydocs, read_file
+    from peft_pretraining.data.sources.files import cache_folder, open_pydocs, read_file
 
     wiki = DATA / "wiki" / "enwiki_2015_30k_articles.jsonl.xz"
     return ("wikipedia", read_file(wiki)) if wiki.exists() else ("pydocs", iter(open_pydocs(cache_folder()).train))
@@ -57,8 +57,8 @@ def bench_preparing(corpus: Path, tokenizer, scratch: Path, rounds: int) -> dict
     """Tokens a second of `prepare` and of `datasets.map`, each with 1 and 2 processes."""
     import datasets
 
-    from peft_pretraining.prepared import open_prepared, prepare
-    from peft_pretraining.sources import open_files, split_documents
+    from peft_pretraining.data.tokenized.writer import open_prepared, prepare
+    from peft_pretraining.data.sources.files import open_files, split_documents
 
     datasets.disable_progress_bars()
     source, count = open_files(corpus), itertools.count()
@@ -92,8 +92,8 @@ def bench_reading(folder: Path, rounds: int) -> dict:
     """Tokens a second of random batches (pads not counted), and milliseconds to the batch of a random step."""
     import numpy as np
 
-    from peft_pretraining.order import RowOrder
-    from peft_pretraining.prepared import open_prepared
+    from peft_pretraining.data.shuffle import RowOrder
+    from peft_pretraining.data.tokenized.writer import open_prepared
 
     rng, results = np.random.default_rng(0), {}
     for kind, packing in (("padded", False), ("packed", True)):
@@ -126,8 +126,8 @@ def bench_reading(folder: Path, rounds: int) -> dict:
 
 
 def load_tokenizer_and_corpus(scratch: Path, megabytes: float):
-    from peft_pretraining.sources import open_files
-    from peft_pretraining.tokenization import load_tokenizer
+    from peft_pretraining.data.sources.files import open_files
+    from peft_pretraining.data.tokenizer import load_tokenizer
 
     corpus = scratch / "corpus.jsonl"
     name = write_corpus(corpus, int(megabytes * 1e6))

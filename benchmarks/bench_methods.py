@@ -22,8 +22,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alphadecay import AWD, AdaDecay, AlphaDecay  # noqa: E402
-from peft_pretraining.modeling_llama import build_model  # noqa: E402
-from peft_pretraining.optimizer import build_optimizer  # noqa: E402
+from peft_pretraining.model.modeling_llama import build_model  # noqa: E402
+from peft_pretraining.optim.optimizer import build_optimizer  # noqa: E402
 
 ETA = 1e-5
 

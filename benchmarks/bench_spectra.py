@@ -29,9 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import reference  # noqa: E402  the plain twin of the tests
 
 import alphadecay  # noqa: E402
-from alphadecay.engine import SpectralEngine, gradient_norms  # noqa: E402
+from alphadecay.spectral.engine import SpectralEngine, gradient_norms  # noqa: E402
 from alphadecay.modules import balanced_modules, spectral_modules  # noqa: E402
-from peft_pretraining.modeling_llama import build_model, load_config  # noqa: E402
+from peft_pretraining.model.modeling_llama import build_model, load_config  # noqa: E402
 
 
 def model_of(size: str, device: str) -> nn.Module:

@@ -32,12 +32,12 @@ sys.path.insert(0, str(ROOT))
 
 import alphadecay  # noqa: E402
 from benchmarks.bench_methods import peak_of_allocations  # noqa: E402
-from peft_pretraining.data import load_data  # noqa: E402
-from peft_pretraining.linear_cross_entropy import LOSSES  # noqa: E402
-from peft_pretraining.modeling_llama import build_model, load_config, target_rows  # noqa: E402
-from peft_pretraining.optimizer import build_optimizer  # noqa: E402
-from peft_pretraining.rows import IGNORED  # noqa: E402
-from peft_pretraining.throughput import llama_flops, peak_flops  # noqa: E402
+from peft_pretraining.data.dataset import load_data  # noqa: E402
+from peft_pretraining.model.linear_cross_entropy import LOSSES  # noqa: E402
+from peft_pretraining.model.modeling_llama import build_model, load_config, target_rows  # noqa: E402
+from peft_pretraining.optim.optimizer import build_optimizer  # noqa: E402
+from peft_pretraining.data.sequences import IGNORED  # noqa: E402
+from peft_pretraining.train.throughput import llama_flops, peak_flops  # noqa: E402
 
 LENGTH = 256
 

@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT))
 
 import alphadecay  # noqa: E402
 import main_vit  # noqa: E402
-from peft_pretraining.distributed import Ranks  # noqa: E402
-from peft_pretraining.finite import FiniteGuard  # noqa: E402
-from peft_pretraining.loop import clip_gradients  # noqa: E402
-from peft_pretraining.optimizer import scaled_decays  # noqa: E402
-from peft_pretraining.vision.arguments import complete, vit_parser  # noqa: E402
-from peft_pretraining.vision.batches import keep_a_bit  # noqa: E402
-from peft_pretraining.vision.images import load_images  # noqa: E402
+from peft_pretraining.parallel.process_group import Ranks  # noqa: E402
+from peft_pretraining.optim.nonfinite import FiniteGuard  # noqa: E402
+from peft_pretraining.train.loop import clip_gradients  # noqa: E402
+from peft_pretraining.optim.optimizer import scaled_decays  # noqa: E402
+from peft_pretraining.cli.vit import complete, vit_parser  # noqa: E402
+from peft_pretraining.vision.loader import keep_a_bit  # noqa: E402
+from peft_pretraining.vision.datasets import load_images  # noqa: E402
 from peft_pretraining.vision.models import RunningStatistics, build_model  # noqa: E402
 
 RANKS = Ranks(0, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

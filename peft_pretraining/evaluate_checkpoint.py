@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model
 
-from peft_pretraining.arguments import Parser, packing_of, token_count
-from peft_pretraining.checkpoint import CONFIG, WEIGHTS, newest_checkpoint
-from peft_pretraining.data import validation_batches
-from peft_pretraining.distributed import Ranks, process_group, run_script
+from peft_pretraining.cli.llama import Parser, packing_of, token_count
+from peft_pretraining.checkpoint.load import CONFIG, WEIGHTS, newest_checkpoint
+from peft_pretraining.data.dataset import validation_batches
+from peft_pretraining.parallel.process_group import Ranks, process_group, run_script
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluation import evaluate
-from peft_pretraining.modeling_llama import build_model, load_config
-from peft_pretraining.rows import tokenize_rows
-from peft_pretraining.run_log import RUN, append_json
-from peft_pretraining.sources import open_files
-from peft_pretraining.tokenization import load_tokenizer
+from peft_pretraining.train.evaluation import evaluate
+from peft_pretraining.model.modeling_llama import build_model, load_config
+from peft_pretraining.data.sequences import tokenize_rows
+from peft_pretraining.records.run_log import RUN, append_json
+from peft_pretraining.data.sources.files import open_files
+from peft_pretraining.data.tokenizer import load_tokenizer
 
 EVALUATIONS = "evaluations.jsonl"
 

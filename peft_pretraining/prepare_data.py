@@ -16,8 +16,8 @@ from peft_pretraining.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
-    from peft_pretraining.arguments import Parser, token_count
-    from peft_pretraining.prepared import SHARD_TOKENS
+    from peft_pretraining.cli.llama import Parser, token_count
+    from peft_pretraining.data.tokenized.writer import SHARD_TOKENS
 
     parser = Parser(prog="prepare_data", description="Tokenise a source once, for training with --dataset FOLDER.", allow_abbrev=False)
     add = parser.add_argument
@@ -47,10 +47,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    from peft_pretraining.data import open_documents, tokenizing_processes
-    from peft_pretraining.modeling_llama import load_config
-    from peft_pretraining.prepared import prepare
-    from peft_pretraining.sources import cache_folder
+    from peft_pretraining.data.dataset import open_documents, tokenizing_processes
+    from peft_pretraining.model.modeling_llama import load_config
+    from peft_pretraining.data.tokenized.writer import prepare
+    from peft_pretraining.data.sources.files import cache_folder
 
     args = parse_arguments()
     vocab_size = args.vocab_size or load_config(args.model_config).vocab_size
@@ -67,7 +67,7 @@ def main() -> None:
 
 def summary(folder: Path, made: int, seconds: float) -> str:
     """One line: what the folder holds, and how fast the tokens were made that were not there yet."""
-    from peft_pretraining.prepared import open_prepared
+    from peft_pretraining.data.tokenized.writer import open_prepared
 
     shards = [shard for split in open_prepared(folder).index["splits"].values() for shard in split]
     documents, tokens = (sum(shard[key] for shard in shards) for key in ("documents", "tokens"))
@@ -77,6 +77,6 @@ def summary(folder: Path, made: int, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    from peft_pretraining.distributed import run_script
+    from peft_pretraining.parallel.process_group import run_script
 
     sys.exit(run_script(main))

@@ -10,7 +10,7 @@ import torch.nn as nn
 import transformers
 
 from peft_pretraining import checkpoint, saving
-from peft_pretraining.distributed import process_group, run_script
+from peft_pretraining.parallel.process_group import process_group, run_script
 from peft_pretraining.errors import UserError
 
 

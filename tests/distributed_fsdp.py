@@ -13,19 +13,19 @@ import torch
 from loguru import logger
 
 import torchrun_main
-from alphadecay.decoupled import split_hidden
-from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
-from peft_pretraining.checkpoint import load_checkpoint, seed_random_generators
-from peft_pretraining.data import validation_batches
-from peft_pretraining.distributed import Ranks, process_group, run_script
-from peft_pretraining.evaluation import evaluate
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.fsdp import shard_model, whole_tensor
-from peft_pretraining.loop import clip_gradients, data_parallel, mean_decay
-from peft_pretraining.modeling_llama import build_model, load_config
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.rows import Rows, Shard, offsets_of
-from peft_pretraining.saving import Checkpoints
+from alphadecay.decay_hooks import split_hidden
+from alphadecay.cli.flags import add_flags, decay_from_flags, reshape_from_flags
+from peft_pretraining.checkpoint.load import load_checkpoint, seed_random_generators
+from peft_pretraining.data.dataset import validation_batches
+from peft_pretraining.parallel.process_group import Ranks, process_group, run_script
+from peft_pretraining.train.evaluation import evaluate
+from peft_pretraining.optim.nonfinite import FiniteGuard
+from peft_pretraining.parallel.fsdp import shard_model, whole_tensor
+from peft_pretraining.train.loop import clip_gradients, data_parallel, mean_decay
+from peft_pretraining.model.modeling_llama import build_model, load_config
+from peft_pretraining.optim.optimizer import build_optimizer
+from peft_pretraining.data.sequences import Rows, Shard, offsets_of
+from peft_pretraining.checkpoint.save import Checkpoints
 
 LENGTH, LR = 16, 1e-3
 PLAIN = contextlib.nullcontext()

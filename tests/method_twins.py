@@ -17,11 +17,11 @@ import torch.nn as nn
 import transformers
 
 from alphadecay.controls import permutation
-from alphadecay.decoupled import split_hidden
-from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
-from alphadecay.methods import parse_arguments
-from peft_pretraining.modeling_llama import build_model
-from peft_pretraining.optimizer import build_optimizer
+from alphadecay.decay_hooks import split_hidden
+from alphadecay.cli.flags import add_flags, decay_from_flags, reshape_from_flags
+from alphadecay.cli.presets import parse_arguments
+from peft_pretraining.model.modeling_llama import build_model
+from peft_pretraining.optim.optimizer import build_optimizer
 
 STEPS, EVERY, ETA, LR, PEAK = 20, 5, 0.1, 1e-2, 1.5e-2
 BETAS, EPS = (0.9, 0.999), 1e-8

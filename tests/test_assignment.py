@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alphadecay.assignment import MAPS, assign_decays
-from alphadecay.statistics import softplus
+from alphadecay.spectral.statistics import softplus
 
 SCORES = torch.tensor([2.0, 3.0, 5.0, 4.0])
 

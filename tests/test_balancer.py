@@ -13,7 +13,7 @@ import warm
 
 import alphadecay
 from alphadecay import AWD, AlphaDecay
-from alphadecay.flags import add_flags, decay_from_flags
+from alphadecay.cli.flags import add_flags, decay_from_flags
 
 
 def small_model(seed=0, n=5):

@@ -20,11 +20,11 @@ from loguru import logger
 from safetensors.torch import load_file
 
 from peft_pretraining import checkpoint, saving
-from peft_pretraining.distributed import Ranks
+from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.modeling_llama import build_model
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.saving import Checkpoints
+from peft_pretraining.model.modeling_llama import build_model
+from peft_pretraining.optim.optimizer import build_optimizer
+from peft_pretraining.checkpoint.save import Checkpoints
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 FILES = [*checkpoint.REQUIRED, "manifest.json"]

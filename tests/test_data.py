@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from peft_pretraining import sources
-from peft_pretraining.data import load_data, merge_positions, training_batches, validation_batches
+from peft_pretraining.data.dataset import load_data, merge_positions, training_batches, validation_batches
 from peft_pretraining.errors import UserError
-from peft_pretraining.order import RowOrder
+from peft_pretraining.data.shuffle import RowOrder
 
 LENGTH, TOTAL, STEPS = 12, 8, 5  # 40 positions over 30 documents: a second pass begins in step 3
 TEXTS = [" ".join(f"w{i * j % 19}" for j in range(1 + i % 9)) + f" no {i}" for i in range(30)]

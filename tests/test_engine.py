@@ -13,10 +13,10 @@ import warm
 from test_spectra import spectrum_matrix
 
 from alphadecay import AlphaDecay, engine, fit_power_law
-from alphadecay.engine import SpectralEngine
-from alphadecay.spectra import eigenvalues, exact_products, gram, square_windows
-from alphadecay.statistics import FAILURES
-from alphadecay.workers import run_tasks
+from alphadecay.spectral.engine import SpectralEngine
+from alphadecay.spectral.eigenvalues import eigenvalues, exact_products, gram, square_windows
+from alphadecay.spectral.statistics import FAILURES
+from alphadecay.spectral.thread_pool import run_tasks
 
 
 def gaussian(rows, columns, seed=0, dtype=torch.float32):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from loguru import logger
 
-from peft_pretraining.distributed import Ranks
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.optimizer import build_optimizer
+from peft_pretraining.parallel.process_group import Ranks
+from peft_pretraining.optim.nonfinite import FiniteGuard
+from peft_pretraining.optim.optimizer import build_optimizer
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 

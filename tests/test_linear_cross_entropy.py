@@ -4,10 +4,10 @@ import torch.nn as nn
 import transformers
 
 from peft_pretraining import linear_cross_entropy
-from peft_pretraining.distributed import Ranks
+from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.linear_cross_entropy import LOSSES, choose, fastest, plain
-from peft_pretraining.modeling_llama import build_model, target_rows
+from peft_pretraining.model.linear_cross_entropy import LOSSES, choose, fastest, plain
+from peft_pretraining.model.modeling_llama import build_model, target_rows
 
 FAST = [name for name in LOSSES if name not in ("plain", "liger") and (name != "torch" or hasattr(torch.nn, "LinearCrossEntropyOptions"))]
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))

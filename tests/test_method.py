@@ -9,9 +9,9 @@ import transformers
 import alphadecay
 from alphadecay.assignment import MAPS, assign_decays
 from alphadecay.balancer import AlphaDecay
-from alphadecay.engine import SpectralEngine, gradient_norms
+from alphadecay.spectral.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import balanced_modules
-from alphadecay.statistics import COLUMNS
+from alphadecay.spectral.statistics import COLUMNS
 
 TOLERANCE = 1e-6  # relative; gradients' norms are summed in float32, all else in float64
 

@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alphadecay
 from alphadecay.controls import gaussian_alpha, permutation
-from alphadecay.decoupled import reshape_decay, split_hidden
-from alphadecay.flags import add_flags, check_flags, decay_from_flags
-from alphadecay.methods import METHODS, parse_arguments
+from alphadecay.decay_hooks import reshape_decay, split_hidden
+from alphadecay.cli.flags import add_flags, check_flags, decay_from_flags
+from alphadecay.cli.presets import METHODS, parse_arguments
 from alphadecay.modules import hidden_weights
-from peft_pretraining.distributed import Ranks
+from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.optimizer import build_optimizer
+from peft_pretraining.optim.nonfinite import FiniteGuard
+from peft_pretraining.optim.optimizer import build_optimizer
 
 ETA = 0.1
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 import transformers
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.modeling_llama import build_model, load_config
-from peft_pretraining.rows import packed_batch
+from peft_pretraining.model.modeling_llama import build_model, load_config
+from peft_pretraining.data.sequences import packed_batch
 
 BASE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 

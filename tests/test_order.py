@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from peft_pretraining.order import ROUNDS, RowOrder
+from peft_pretraining.data.shuffle import ROUNDS, RowOrder
 
 SIZES = [1, 2, 3, 10, 255, 256, 257, 1000, 65537]
 

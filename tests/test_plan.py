@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path("scripts").resolve()))
 import plan as planner  # noqa: E402
 
-from peft_pretraining.modeling_llama import Block, load_config, rotation_of_positions  # noqa: E402
+from peft_pretraining.model.modeling_llama import Block, load_config, rotation_of_positions  # noqa: E402
 
 LAYERS, D, F, V = 12, 768, 2048, 32000  # llama_130m
 BLOCK = 4 * D * D + 3 * D * F + 2 * D

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from peft_pretraining import encoding, prepare_data, prepared
-from peft_pretraining.data import load_data
-from peft_pretraining.distributed import run_script
+from peft_pretraining.data.dataset import load_data
+from peft_pretraining.parallel.process_group import run_script
 from peft_pretraining.errors import UserError
-from peft_pretraining.prepared import open_prepared, prepare
-from peft_pretraining.rows import tokenize_rows
-from peft_pretraining.sources import Source, Split, open_source, split_documents
-from peft_pretraining.tokenization import load_tokenizer
+from peft_pretraining.data.tokenized.writer import open_prepared, prepare
+from peft_pretraining.data.sequences import tokenize_rows
+from peft_pretraining.data.sources.files import Source, Split, open_source, split_documents
+from peft_pretraining.data.tokenizer import load_tokenizer
 
 LENGTH, SHARD_TOKENS = 16, 4000
 WORDS = [f"w{i * i % 97}" for i in range(60)]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.rows import Rows, Shard, tokenize_rows
-from peft_pretraining.stream import StreamedRows
-from peft_pretraining.tokenization import load_tokenizer
+from peft_pretraining.data.sequences import Rows, Shard, tokenize_rows
+from peft_pretraining.data.streaming import StreamedRows
+from peft_pretraining.data.tokenizer import load_tokenizer
 
 LENGTH = 16
 TEXTS = [" ".join(f"word{i * j % 17}" for j in range(1 + i % 13)) + f" no {i}" for i in range(200)]

@@ -10,7 +10,7 @@ import pytest
 
 from peft_pretraining import sources
 from peft_pretraining.errors import UserError
-from peft_pretraining.sources import C4Documents, open_c4, open_files, open_pydocs, open_source, split_documents
+from peft_pretraining.data.sources.files import C4Documents, open_c4, open_files, open_pydocs, open_source, split_documents
 
 TEXTS = ["first document", "second: naïve 東京 🙂\nwith a second line", "third"]
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchrun_main
 from alphadecay import AlphaDecay
-from peft_pretraining.distributed import Ranks
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.loop import Updates
-from peft_pretraining.modeling_llama import build_model
-from peft_pretraining.optimizer import build_optimizer
+from peft_pretraining.parallel.process_group import Ranks
+from peft_pretraining.optim.nonfinite import FiniteGuard
+from peft_pretraining.train.loop import Updates
+from peft_pretraining.model.modeling_llama import build_model
+from peft_pretraining.optim.optimizer import build_optimizer
 
 
 class Waits(TorchDispatchMode):

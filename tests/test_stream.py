@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from peft_pretraining import shards, sources, stream
-from peft_pretraining.data import load_data, merge_positions, training_batches
+from peft_pretraining.data.dataset import load_data, merge_positions, training_batches
 from peft_pretraining.errors import UserError
-from peft_pretraining.sources import FileDocuments, Filtered
-from peft_pretraining.stream import StreamedRows
+from peft_pretraining.data.sources.files import FileDocuments, Filtered
+from peft_pretraining.data.streaming import StreamedRows
 
 LENGTH, TOTAL = 8, 16
 EOS, PAD = 1, 0

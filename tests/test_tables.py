@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import warm
 
-from alphadecay.flags import add_flags
-from alphadecay.methods import parse_arguments
-from peft_pretraining.arguments import complete, llama_parser
+from alphadecay.cli.flags import add_flags
+from alphadecay.cli.presets import parse_arguments
+from peft_pretraining.cli.llama import complete, llama_parser
 from peft_pretraining.errors import UserError
-from peft_pretraining.vision.arguments import vit_parser
+from peft_pretraining.cli.vit import vit_parser
 from scripts import table
 from scripts.pool import Pool
-from scripts.published import TABLES
+from scripts.paper.published import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts/tables").glob("*.sh") if path.stem != "table")

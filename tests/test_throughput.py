@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_pretraining import throughput
-from peft_pretraining.data import _one_ahead
-from peft_pretraining.distributed import Ranks
+from peft_pretraining.data.dataset import _one_ahead
+from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.loop import without_garbage_collection
-from peft_pretraining.modeling_llama import build_model, load_config
-from peft_pretraining.throughput import Clock, Work, llama_flops, measured_flops, peak_flops, peak_memory, profiled
+from peft_pretraining.train.loop import without_garbage_collection
+from peft_pretraining.model.modeling_llama import build_model, load_config
+from peft_pretraining.train.throughput import Clock, Work, llama_flops, measured_flops, peak_flops, peak_memory, profiled
 
 CPU = torch.device("cpu")
 ALONE, SECOND = Ranks(0, 0, 1, CPU), Ranks(1, 1, 2, CPU)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.rows import tokenize_rows
-from peft_pretraining.tokenization import load_tokenizer, train_bpe, wrap_tokenizer
+from peft_pretraining.data.sequences import tokenize_rows
+from peft_pretraining.data.tokenizer import load_tokenizer, train_bpe, wrap_tokenizer
 
 DATA = Path(os.environ.get("ALPHADECAY_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 T5 = DATA / "tokenizers" / "t5"

@@ -11,15 +11,15 @@ import transformers
 
 import torchrun_main
 from peft_pretraining import run_log
-from peft_pretraining.arguments import llama_parser, packing_of
-from peft_pretraining.distributed import Ranks
+from peft_pretraining.cli.llama import llama_parser, packing_of
+from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluation import evaluate, perplexity
-from peft_pretraining.loop import clip_gradients, mean_decay
-from peft_pretraining.modeling_llama import build_model
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.run_log import append_json, carry_records
-from peft_pretraining.schedule import lr_factor
+from peft_pretraining.train.evaluation import evaluate, perplexity
+from peft_pretraining.train.loop import clip_gradients, mean_decay
+from peft_pretraining.model.modeling_llama import build_model
+from peft_pretraining.optim.optimizer import build_optimizer
+from peft_pretraining.records.run_log import append_json, carry_records
+from peft_pretraining.optim.schedule import lr_factor
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 

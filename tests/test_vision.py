@@ -17,22 +17,15 @@ from safetensors.torch import load_file, save_file
 
 import alphadecay
 import main_vit
-from peft_pretraining.checkpoint import load_checkpoint
-from peft_pretraining.distributed import Ranks
+from peft_pretraining.checkpoint.load import load_checkpoint
+from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.optimizer import build_optimizer, scaled_decays
-from peft_pretraining.saving import Checkpoints
-from peft_pretraining.vision.accuracy import evaluate
-from peft_pretraining.vision.arguments import complete, vit_parser
-from peft_pretraining.vision.batches import (
-    TrainingSamples,
-    ValidationSamples,
-    training_steps,
-    training_transform,
-    validation_batches,
-    validation_transform,
-)
-from peft_pretraining.vision.images import load_images, read_class_folders
+from peft_pretraining.optim.optimizer import build_optimizer, scaled_decays
+from peft_pretraining.checkpoint.save import Checkpoints
+from peft_pretraining.vision.evaluation import evaluate
+from peft_pretraining.cli.vit import complete, vit_parser
+from peft_pretraining.vision.loader import TrainingSamples, ValidationSamples, training_steps, training_transform, validation_batches, validation_transform
+from peft_pretraining.vision.datasets import load_images, read_class_folders
 from peft_pretraining.vision.models import RunningStatistics, build_model, current_name, export, forward_flops, load_weights, timm_config
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))

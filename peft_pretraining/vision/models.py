@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_pretraining.checkpoint import WEIGHTS, unshared_state
-from peft_pretraining.distributed import Ranks
+from peft_pretraining.checkpoint.load import WEIGHTS, unshared_state
+from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.vision.batches import evaluation_crop, normalisation
+from peft_pretraining.vision.loader import evaluation_crop, normalisation
+
 
 # ------------------------------------------------------------------------------------------------------------------ making one
 

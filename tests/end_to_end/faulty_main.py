@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from peft_pretraining.distributed import run_script
+from peft_pretraining.parallel.process_group import run_script
 from peft_pretraining.errors import UserError
 
 RANK = int(os.environ.get("RANK", 0))

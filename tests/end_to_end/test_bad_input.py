@@ -7,7 +7,7 @@ import pytest
 
 import torchrun_main
 from end_to_end.common import run, write_config, write_text
-from peft_pretraining.distributed import run_script
+from peft_pretraining.parallel.process_group import run_script
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from alphadecay.methods import METHODS
+from alphadecay.cli.presets import METHODS
 from end_to_end.common import REFERENCE_COMMAND, ROOT, exact, read_lines, run, small, trace
 
 # A method's name settles these.
@@ -62,7 +62,7 @@ def test_it_trains_evaluates_saves_and_reports(reference_run):
 def test_a_finished_run_is_evaluated_on_other_text(reference_run, inputs, tmp_path, monkeypatch, capsys):
     """On its own validation documents it gives the run's own loss; what is known is not computed again."""
     from peft_pretraining import evaluate_checkpoint
-    from peft_pretraining.sources import open_source, split_documents
+    from peft_pretraining.data.sources.files import open_source, split_documents
 
     folder, _ = reference_run
     held_out = split_documents(open_source(str(inputs / "corpus.jsonl"), 5, tmp_path)).validation
@@ -81,7 +81,7 @@ def test_a_finished_run_is_evaluated_on_other_text(reference_run, inputs, tmp_pa
 def test_transformers_loads_the_checkpoint(reference_run):
     import transformers
 
-    from peft_pretraining.modeling_llama import LlamaForCausalLM
+    from peft_pretraining.model.modeling_llama import LlamaForCausalLM
 
     folder = reference_run[0] / "checkpoints/model_20"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
