@@ -3,28 +3,15 @@
 from collections.abc import Iterable
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alphadecay.modules import hidden_weights
 from alphadecay.distributed import local
 
 
-
-def split_hidden(groups: list[dict], model: nn.Module) -> list[dict]:
-    """Parameter groups cut in two: `hidden` True: weights of all layers but the output layer (see `hidden_weights`); False: the rest."""
-    hidden = {id(weight) for weight in hidden_weights(model)}
-    split = []
-    for group in groups:
-        for kind in (True, False):
-            parameters = [p for p in group["params"] if (id(p) in hidden) == kind]
-            if parameters:
-                split.append(group | {"params": parameters, "hidden": kind})
-    return split
-
-
-def reshape_decay(optimizer: Optimizer, peak_lr: float | None = None, cautious: bool = False) -> None:
+def install_decay_hooks(
+    optimizer: Optimizer, peak_lr: float | None = None, cautious: bool = False
+) -> None:
     """Change how the optimizer's decays reach the weights in each of its steps from now on, by its step hooks.
 
     Args:
@@ -39,13 +26,21 @@ def reshape_decay(optimizer: Optimizer, peak_lr: float | None = None, cautious: 
         ValueError: an optimizer that this does not go with.
     """
     if not is_decoupled(optimizer):
-        raise ValueError(f"AdamC and cautious decay change a decoupled decay, which {type(optimizer).__name__} has not: use AdamW")
+        raise ValueError(
+            f"AdamC and cautious decay change a decoupled decay, which {type(optimizer).__name__} has not: use AdamW"
+        )
     if peak_lr is not None and any("hidden" not in group for group in optimizer.param_groups):
-        raise ValueError("AdamC needs to know which weights a normalisation follows: build the optimizer with split_hidden(groups, model)")
+        raise ValueError(
+            "AdamC needs to know which weights a normalisation follows: build the optimizer with split_hidden(groups, model)"
+        )
     if cautious:
         if "betas" not in optimizer.defaults:
-            raise ValueError(f"cautious decay needs the sign of an Adam update, which {type(optimizer).__name__} does not tell: use AdamW")
-        check_precision("cautious decay", [p for group in optimizer.param_groups for p in group["params"]])
+            raise ValueError(
+                f"cautious decay needs the sign of an Adam update, which {type(optimizer).__name__} does not tell: use AdamW"
+            )
+        check_precision(
+            "cautious decay", [p for group in optimizer.param_groups for p in group["params"]]
+        )
     saved: list[float] = []
 
     def before(optimizer: Optimizer, *_) -> None:
@@ -71,9 +66,15 @@ def _decay_cautiously(optimizer: Optimizer, group: dict) -> None:
         if parameter.grad is None or not group["weight_decay"]:
             continue
         moment = optimizer.state[parameter].get("exp_avg")
-        weight, gradient, moment = (t if t is None else local(t) for t in (parameter, parameter.grad, moment))
+        weight, gradient, moment = (
+            t if t is None else local(t) for t in (parameter, parameter.grad, moment)
+        )
         # The update to come has the sign of the first moment to come; bias correction and the second moment do not change it.
-        agree = gradient.mul(weight) if moment is None else moment.lerp(gradient, 1 - group["betas"][0]).mul_(weight)
+        agree = (
+            gradient.mul(weight)
+            if moment is None
+            else moment.lerp(gradient, 1 - group["betas"][0]).mul_(weight)
+        )
         agree.gt_(0)
         add_unless_skipped(weight, agree, -group["lr"] * group["weight_decay"], optimizer)
 
@@ -83,7 +84,9 @@ def is_decoupled(optimizer: Optimizer) -> bool:
     return bool(optimizer.defaults.get("decoupled_weight_decay"))
 
 
-def add_unless_skipped(parameter: Tensor, share: Tensor, factor: float, optimizer: Optimizer) -> None:
+def add_unless_skipped(
+    parameter: Tensor, share: Tensor, factor: float, optimizer: Optimizer
+) -> None:
     """parameter += factor * share * parameter; nothing where the optimizer's `found_inf` says that it will leave the update out.
 
     Of such an update `share` may hold NaN. It is overwritten; the verdict is not waited for.
@@ -96,7 +99,9 @@ def add_unless_skipped(parameter: Tensor, share: Tensor, factor: float, optimize
 
 def check_precision(what: str, parameters: Iterable[Tensor]) -> None:
     """Raise ValueError where weights are narrower than float32: lr * decay is below their resolution."""
-    narrow = next((p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize < 4), None)
+    narrow = next(
+        (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize < 4), None
+    )
     if narrow:
         raise ValueError(
             f"{what} changes weights or gradients in place, and {str(narrow)[6:]} rounds so small a change away: "

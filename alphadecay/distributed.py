@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-
 def assign_owners(costs: list[float], world_size: int) -> list[int]:
     """Rank of each item: greedily, the dearest item to the least loaded rank (Graham's longest-first rule)."""
     loads = [(0.0, rank) for rank in range(world_size)]
@@ -24,7 +23,9 @@ def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     if dist.get_rank(group) < 0:
-        raise ValueError("this rank is not in the process_group it was given: make AlphaDecay on the group's ranks only")
+        raise ValueError(
+            "this rank is not in the process_group it was given: make AlphaDecay on the group's ranks only"
+        )
     return dist.get_rank(group), dist.get_world_size(group)
 
 
@@ -40,7 +41,9 @@ def check_agreement(facts: list[str], group: dist.ProcessGroup | None) -> None:
         if theirs != everyones[0]:
             pairs = [(a, b) for a, b in zip(everyones[0], theirs, strict=False) if a != b]
             odd = pairs[0] if pairs else (f"{len(everyones[0])} entries", f"{len(theirs)} entries")
-            raise ValueError(f"the ranks do not agree on what to analyse: rank 0 has {odd[0]!r}, rank {rank} has {odd[1]!r}")
+            raise ValueError(
+                f"the ranks do not agree on what to analyse: rank 0 has {odd[0]!r}, rank {rank} has {odd[1]!r}"
+            )
 
 
 def agreed_choices(choices: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
@@ -53,7 +56,9 @@ def agreed_choices(choices: dict[str, str], group: dist.ProcessGroup | None) -> 
     return {name: choice for theirs in reversed(everyones) for name, choice in theirs.items()}
 
 
-def gather_rows(rows: Tensor, owned: list[int], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
+def gather_rows(
+    rows: Tensor, owned: list[int], device: torch.device, group: dist.ProcessGroup | None
+) -> Tensor:
     """Bring together the rows that each rank computed, in one collective; every rank gets the same bytes.
 
     Args:
@@ -85,7 +90,10 @@ def sum_over_shards(sums: Tensor, of: Tensor) -> Tensor:
     """Sums over the elements of a sharded tensor `of`, from those over each rank's part, in one collective; of any other as they are."""
     if not is_sharded(of):
         return sums
-    from torch.distributed.tensor import DTensor, Partial  # here: builds of torch without distributed have none
+    from torch.distributed.tensor import (  # here: builds of torch without distributed have none
+        DTensor,
+        Partial,
+    )
 
     placements = [Partial() if placement.is_shard() else placement for placement in of.placements]
     return DTensor.from_local(sums, of.device_mesh, placements).full_tensor()
@@ -103,7 +111,11 @@ def whole_weight(weight: Tensor, owner: int, group: dist.ProcessGroup | None) ->
     mesh, placements = weight.device_mesh, weight.placements
     *copies, rows = placements
     everyone = dist.get_process_group_ranks(group)
-    if rows.is_shard(0) and all(p.is_replicate() for p in copies) and mesh.mesh.flatten().tolist() == everyone:
+    if (
+        rows.is_shard(0)
+        and all(p.is_replicate() for p in copies)
+        and mesh.mesh.flatten().tolist() == everyone
+    ):
         return _gather_rows_of(weight, everyone[owner], mesh.get_group(mesh.ndim - 1))
     full = weight.detach().full_tensor()
     if rank != owner:

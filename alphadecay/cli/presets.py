@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 
-
 # What kind of method it is, and its controls. A name settles all of them; what it does not name (the fit, the range, --iso_budget,
 # --adamc, ...) stays free.
 SWITCHES = (
@@ -21,7 +20,9 @@ METHODS = {
     "uniform": _flags(),
     "awd": _flags("use_AWD_NeurIPS2023"),
     "adadecay": _flags("use_AdaDecay"),
-    "adadecay-module": _flags(*_ALPHADECAY, esd_metric_for_tb="gradnorm", assign_func="layerwise_sigmoid"),
+    "adadecay-module": _flags(
+        *_ALPHADECAY, esd_metric_for_tb="gradnorm", assign_func="layerwise_sigmoid"
+    ),
     "alphadecay": _flags(*_ALPHADECAY),
     "inverted": _flags("use_modulewise_wd"),
     "shuffled": _flags(*_ALPHADECAY, "shuffle_decays"),
@@ -33,7 +34,9 @@ METHODS = {
 }
 
 
-def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> argparse.Namespace:
     """`parser.parse_args(words)` with the flags that `--method` stands for filled in; the parser's error where another flag contradicts it.
 
     The parser needs `--weight_decay` and what `add_flags` adds.
@@ -43,8 +46,12 @@ def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None
         return args
     flags = METHODS[args.method]
     parser.set_defaults(**flags)
-    args = parser.parse_args(words)  # flags that were typed win over the new defaults, and so are found out
+    args = parser.parse_args(
+        words
+    )  # flags that were typed win over the new defaults, and so are found out
     for name, value in flags.items():
         if getattr(args, name) != value:
-            parser.error(f"--method {args.method} means {name} {value}, but --{name} says {getattr(args, name)}: leave one of the two out")
+            parser.error(
+                f"--method {args.method} means {name} {value}, but --{name} says {getattr(args, name)}: leave one of the two out"
+            )
     return args

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
 # lambda_max / lambda up to which an eigenvalue of a Gram matrix is kept. Measured on spectra that fall exponentially, as a
 # power, or have outliers (n from 128 to 512): alpha is within 4e-6 of float64 singular values below a ratio of 1e3 to
 # the median in float32 (2e-5 to 1e-4 at 3e4), and within 1e-8 below 1e10 in float64.
@@ -23,7 +22,10 @@ GRAM_DTYPES = (torch.float32, torch.float64)  # tried in turn
 # METHOD: the k*k slices of a convolution are scaled by sqrt(0.5), so their eigenvalues by 0.5.
 CONV_SCALE = 0.5
 GRAM_BLOCKS = 4  # only the blocks on and below the diagonal are made: 5/8 of the products
-UNSCALED = (1e-12, 1e12)  # entries of which the largest lies here need no scaling to keep their products in float32's range
+NO_RESCALE_RANGE = (
+    1e-12,
+    1e12,
+)  # entries of which the largest lies here need no scaling to keep their products in float32's range
 
 
 def eigenvalues(weight: Tensor, lowest: float = 0.0) -> Tensor:
@@ -48,7 +50,9 @@ def eigenvalues(weight: Tensor, lowest: float = 0.0) -> Tensor:
         return exact_eigenvalues(weight, lowest, GRAM_DTYPES if lowest > 0 else GRAM_DTYPES[1:])
 
 
-def exact_eigenvalues(weight: Tensor, lowest: float, dtypes: tuple[torch.dtype, ...], windows: bool = False) -> Tensor:
+def exact_eigenvalues(
+    weight: Tensor, lowest: float, dtypes: tuple[torch.dtype, ...], windows: bool = False
+) -> Tensor:
     """`eigenvalues` for a caller that has seen to exact products itself. dtypes: those of the Gram matrix, tried in turn; windows: the
     pooled eigenvalues of the matrix's windows (see `square_windows`) in place of its own."""
     matrices, scale = prepare(weight, windows)
@@ -59,7 +63,9 @@ def exact_eigenvalues(weight: Tensor, lowest: float, dtypes: tuple[torch.dtype, 
 def prepare(weight: Tensor, windows: bool = False) -> tuple[list[Tensor], float]:
     """A weight as matrices [rows, columns] of its own dtype, rows >= columns, and the power of 2 that they are to be divided by."""
     if weight.dim() not in (2, 4):
-        raise ValueError(f"a weight of {weight.dim()} dimensions has no spectrum here: give [out, in] or [out, in, kh, kw]")
+        raise ValueError(
+            f"a weight of {weight.dim()} dimensions has no spectrum here: give [out, in] or [out, in, kh, kw]"
+        )
     if weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is empty")
     weight = weight.detach()
@@ -68,7 +74,11 @@ def prepare(weight: Tensor, windows: bool = False) -> tuple[list[Tensor], float]
     greatest = float(torch.linalg.vector_norm(weight, ord=math.inf))
     if not math.isfinite(greatest):
         raise ValueError("the weight holds NaN or Inf")
-    scale = 1.0 if not greatest or UNSCALED[0] < greatest < UNSCALED[1] else 2.0 ** math.floor(math.log2(greatest))
+    scale = (
+        1.0
+        if not greatest or NO_RESCALE_RANGE[0] < greatest < NO_RESCALE_RANGE[1]
+        else 2.0 ** math.floor(math.log2(greatest))
+    )
     slices = [weight] if weight.dim() == 2 else weight.flatten(2).unbind(2)
     if windows:
         return [window for s in slices for window in square_windows(s)], scale
@@ -98,7 +108,7 @@ def finish(spectra: list[Tensor], scale: float, convolution: bool) -> Tensor:
     return values.sort().values if len(spectra) > 1 else values
 
 
-def sufficient(values: Tensor, lowest: float, dtype: torch.dtype) -> Tensor:
+def is_precise_enough(values: Tensor, lowest: float, dtype: torch.dtype) -> Tensor:
     """Whether spectra [..., n] (ascending) of Gram matrices in `dtype` are precise from the share `lowest` on: a boolean [...]."""
     limit = FLOAT32_RANGE if dtype == torch.float32 else FLOAT64_RANGE
     # One below the median: the paper's convention takes the threshold from there.
@@ -123,7 +133,9 @@ def gram(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def spectrum(matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+def spectrum(
+    matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
     """Ascending eigenvalues, float64, of one matrix [rows, n] divided by `scale`; see `exact_eigenvalues`."""
     for dtype in dtypes:
         if matrix.dtype == torch.float64 != dtype:
@@ -132,7 +144,7 @@ def spectrum(matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dt
             values = torch.linalg.eigvalsh(gram(matrix, scale, dtype)).double()
         except torch.linalg.LinAlgError:
             continue
-        if torch.isfinite(values).all() and sufficient(values, lowest, dtype):
+        if torch.isfinite(values).all() and is_precise_enough(values, lowest, dtype):
             return values
     return squared_singular_values(matrix, scale)
 

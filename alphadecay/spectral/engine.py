@@ -8,16 +8,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alphadecay.distributed import is_sharded, local, sum_over_shards
-from alphadecay.spectral.eigenvalues import GRAM_DTYPES, exact_eigenvalues, exact_products, finish, gram, prepare, spectrum, sufficient
-from alphadecay.spectral.statistics import NO_GRADIENT, NOT_FINITE, SOLVER_FAILED, TIMED_OUT, empty_row, spectral_row, unneeded_share
+from alphadecay.spectral.eigenvalues import (
+    GRAM_DTYPES,
+    exact_eigenvalues,
+    exact_products,
+    finish,
+    gram,
+    is_precise_enough,
+    prepare,
+    spectrum,
+)
+from alphadecay.spectral.statistics import (
+    NOT_FINITE,
+    SOLVER_FAILED,
+    TIMED_OUT,
+    empty_row,
+    ignored_fraction,
+    spectral_row,
+)
 from alphadecay.spectral.thread_pool import run_tasks
 
-
 Row = tuple[dict[str, float], int]
-PIECE = 2**14  # numbers that a dot product adds up in one go
-CPU_BUDGET = 256 << 20  # bytes that matrices being solved may take together, or two of the largest if that is more
-BATCH_BYTES = 256 << 20  # of the Gram matrices solved together on a GPU, which with the solver's copies take three times as much
+CPU_BUDGET = (
+    256 << 20
+)  # bytes that matrices being solved may take together, or two of the largest if that is more
+BATCH_BYTES = (
+    256 << 20
+)  # of the Gram matrices solved together on a GPU, which with the solver's copies take three times as much
 
 
 class SpectralEngine:
@@ -29,10 +46,19 @@ class SpectralEngine:
 
     def __init__(self, timeout: float = 240.0):
         self.timeout = timeout
-        self.solvers: dict[str, str] = {}  # "cuda float32 512", device, dtype and n -> name in SOLVERS
+        self.solvers: dict[
+            str, str
+        ] = {}  # "cuda float32 512", device, dtype and n -> name in SOLVERS
 
     def rows(
-        self, weights: list[Tensor], gradnorms: list[float], metric: str, *, whole: bool = False, background: bool = False, **fit: object
+        self,
+        weights: list[Tensor],
+        gradnorms: list[float],
+        metric: str,
+        *,
+        whole: bool = False,
+        background: bool = False,
+        **fit: object,
     ) -> list[Row]:
         """A row and a failure code (see `statistics.spectral_row`) for each weight, [out, in] or [out, in, kh, kw].
 
@@ -42,34 +68,56 @@ class SpectralEngine:
         """
         if metric == "gradnorm" or not weights:
             return [(empty_row(norm), 0) for norm in gradnorms]
-        lowest = 0.0 if whole else unneeded_share(metric, **fit)
-        products = torch.backends.cuda.matmul if weights[0].is_cuda else torch.backends.mkldnn.matmul
+        lowest = 0.0 if whole else ignored_fraction(metric, **fit)
+        products = (
+            torch.backends.cuda.matmul if weights[0].is_cuda else torch.backends.mkldnn.matmul
+        )
         rounded = background and products.fp32_precision not in ("ieee", "none")
         dtypes = GRAM_DTYPES[1:] if rounded or lowest == 0 else GRAM_DTYPES
         if background:
             return self._rows(weights, gradnorms, metric, lowest, dtypes, 1, fit)
         with exact_products(weights[0].device.type):
-            return self._rows(weights, gradnorms, metric, lowest, dtypes, torch.get_num_threads(), fit)
+            return self._rows(
+                weights, gradnorms, metric, lowest, dtypes, torch.get_num_threads(), fit
+            )
 
-    def _rows(self, weights, gradnorms, metric: str, lowest: float, dtypes: tuple, threads: int, fit: dict) -> list[Row]:
+    def _rows(
+        self, weights, gradnorms, metric: str, lowest: float, dtypes: tuple, threads: int, fit: dict
+    ) -> list[Row]:
         windows = metric == "alpha_farms"
         if weights[0].is_cuda:
             spectra = self.device_spectra(weights, lowest, dtypes, windows)
             tasks = [functools.partial(_known, values) for values in spectra]
         else:
-            tasks = [functools.partial(exact_eigenvalues, weight, lowest, dtypes, windows) for weight in weights]
-            threads = min(threads, _affordable(weights, dtypes))
-        steps = [functools.partial(_row, task, norm, metric, lowest, fit) for task, norm in zip(tasks, gradnorms, strict=True)]
+            tasks = [
+                functools.partial(exact_eigenvalues, weight, lowest, dtypes, windows)
+                for weight in weights
+            ]
+            threads = min(threads, _max_concurrent_solves(weights, dtypes))
+        steps = [
+            functools.partial(_row, task, norm, metric, lowest, fit)
+            for task, norm in zip(tasks, gradnorms, strict=True)
+        ]
         # The dearest first: a long one must not start when the others are done.
-        order = sorted(range(len(weights)), key=lambda i: -weights[i].numel() * min(weights[i].shape[:2]))
+        order = sorted(
+            range(len(weights)), key=lambda i: -weights[i].numel() * min(weights[i].shape[:2])
+        )
         results = run_tasks([steps[i] for i in order], threads, self.timeout)
         by_index = dict(zip(order, results, strict=True))
         return [_row_or_failure(by_index[i], gradnorms[i]) for i in range(len(weights))]
 
-    def device_spectra(self, weights: list[Tensor], lowest: float, dtypes: tuple[torch.dtype, ...], windows: bool = False) -> list:
+    def device_spectra(
+        self,
+        weights: list[Tensor],
+        lowest: float,
+        dtypes: tuple[torch.dtype, ...],
+        windows: bool = False,
+    ) -> list:
         """Eigenvalues of each weight on the CPU, equal shapes solved together; an exception where there are none."""
         spectra: list = [None] * len(weights)
-        groups: dict[tuple, list[tuple[int, Tensor, float]]] = defaultdict(list)  # alike matrices -> (weight, matrix, scale)
+        groups: dict[tuple, list[tuple[int, Tensor, float]]] = defaultdict(
+            list
+        )  # alike matrices -> (weight, matrix, scale)
         prepared: dict[int, float] = {}
         for i, weight in enumerate(weights):
             try:
@@ -84,14 +132,18 @@ class SpectralEngine:
             size = max(1, BATCH_BYTES // (n * n * dtypes[0].itemsize))
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
-                for (i, _, _), values in zip(batch, self._solve_batch(batch, lowest, dtypes), strict=True):
+                for (i, _, _), values in zip(
+                    batch, self._solve_batch(batch, lowest, dtypes), strict=True
+                ):
                     parts[i].append(values)
         for i, scale in prepared.items():
             failure = next((part for part in parts[i] if isinstance(part, Exception)), None)
             spectra[i] = failure or finish(parts[i], scale, convolution=weights[i].dim() == 4).cpu()
         return spectra
 
-    def _solve_batch(self, batch: list[tuple[int, Tensor, float]], lowest: float, dtypes: tuple[torch.dtype, ...]) -> list:
+    def _solve_batch(
+        self, batch: list[tuple[int, Tensor, float]], lowest: float, dtypes: tuple[torch.dtype, ...]
+    ) -> list:
         """Spectra of matrices alike in shape, dtype and device. Those for which the first dtype is not precise enough are solved together
         in the next one, and alone after the last; so are all where the solver fails."""
         if batch[0][1].dtype == torch.float64:
@@ -99,15 +151,17 @@ class SpectralEngine:
         try:
             grams = torch.stack([gram(matrix, scale, dtypes[0]) for _, matrix, scale in batch])
             values = self._solver(grams)(grams).double()
-            sound = (torch.isfinite(values).all(-1) & sufficient(values, lowest, dtypes[0])).tolist()
+            sound = (
+                torch.isfinite(values).all(-1) & is_precise_enough(values, lowest, dtypes[0])
+            ).tolist()
             del grams
         except RuntimeError:  # a LinAlgError, or out of memory
-            return [_alone(matrix, scale, lowest, dtypes) for _, matrix, scale in batch]
+            return [_solve_single(matrix, scale, lowest, dtypes) for _, matrix, scale in batch]
         again = [member for member, ok in zip(batch, sound, strict=True) if not ok]
         if again and len(dtypes) > 1:
             better = self._solve_batch(again, lowest, dtypes[1:])
         else:
-            better = [_alone(matrix, scale, lowest, ()) for _, matrix, scale in again]
+            better = [_solve_single(matrix, scale, lowest, ()) for _, matrix, scale in again]
         rest = iter(better)
         return [v if ok else next(rest) for v, ok in zip(values, sound, strict=True)]
 
@@ -127,7 +181,10 @@ def _one_by_one(grams: Tensor) -> Tensor:
     return torch.stack([torch.linalg.eigvalsh(g) for g in grams])
 
 
-SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {"batched": torch.linalg.eigvalsh, "one by one": _one_by_one}
+SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "batched": torch.linalg.eigvalsh,
+    "one by one": _one_by_one,
+}
 
 
 def _seconds(solver: Callable[[Tensor], Tensor], grams: Tensor) -> float:
@@ -143,7 +200,9 @@ def _seconds(solver: Callable[[Tensor], Tensor], grams: Tensor) -> float:
     return elapsed
 
 
-def _alone(matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dtype, ...]) -> Tensor | Exception:
+def _solve_single(
+    matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dtype, ...]
+) -> Tensor | Exception:
     """One spectrum, with more precision where it needs it; on the CPU where the device's solver fails."""
     try:
         return spectrum(matrix, scale, lowest, dtypes)
@@ -161,7 +220,9 @@ def _known(values: Tensor | Exception) -> Tensor:
     return values
 
 
-def _row(spectrum_of: Callable[[], Tensor], gradnorm: float, metric: str, lowest: float, fit: dict) -> Row:
+def _row(
+    spectrum_of: Callable[[], Tensor], gradnorm: float, metric: str, lowest: float, fit: dict
+) -> Row:
     values = spectrum_of()
     if not torch.isfinite(values).all():
         raise torch.linalg.LinAlgError("the solver gave eigenvalues that are not finite")
@@ -176,54 +237,13 @@ def _row_or_failure(result: Row | Exception, gradnorm: float) -> Row:
     return empty_row(gradnorm), NOT_FINITE if isinstance(result, ValueError) else SOLVER_FAILED
 
 
-def _affordable(weights: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> int:
+def _max_concurrent_solves(weights: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> int:
     """How many matrices may be solved at a time: each takes a widened copy and, in the solver, two Gram matrices."""
     wide = dtypes[0].itemsize
     bytes_each = [wide * w.shape[0] * w.shape[1] for w in weights]
     small = [min(w.shape[:2]) for w in weights]
-    need = max(2 * wide * n * n + (0 if w.dtype == dtypes[0] else b) for n, b, w in zip(small, bytes_each, weights, strict=True))
+    need = max(
+        2 * wide * n * n + (0 if w.dtype == dtypes[0] else b)
+        for n, b, w in zip(small, bytes_each, weights, strict=True)
+    )
     return max(1, max(CPU_BUDGET, 2 * max(bytes_each)) // need)
-
-
-def gradient_norms(weights: list[Tensor]) -> list[float]:
-    """L2 norms of the weights' gradients, fused, with one wait for the device; 10 where there is none yet.
-
-    Of sharded weights (DTensor) every rank must ask together.
-    """
-    with_gradient = [w for w in weights if w.grad is not None]
-    gradients = [w.grad.detach() for w in with_gradient]
-    norms = tensor_norms(gradients)
-    # One wait for the device, unless there are several.
-    norms = torch.stack(norms).tolist() if len({n.device for n in norms}) == 1 else list(map(float, norms))
-    known = dict(zip(map(id, with_gradient), norms, strict=True))
-    return [known.get(id(w), NO_GRADIENT) for w in weights]
-
-
-def _squares(flat: Tensor) -> Tensor:
-    """The sum of squares of a vector, in pieces that float32 adds up to seven digits whatever the BLAS."""
-    return torch.stack([torch.dot(piece, piece) for piece in flat.split(PIECE)]).double().sum()
-
-
-def tensor_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """L2 norm of each tensor, fused, in float32 or, if one is wider, in float64; of sharded ones every rank must ask together."""
-    if any(map(is_sharded, tensors)):
-        return _norms_over_shards(tensors)
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    if all(t.device.type == "cpu" for t in tensors):
-        # torch's norm adds up one by one on a CPU: three times slower than BLAS, and forty times less exact.
-        return [_squares(t.detach().to(wide).flatten()).sqrt() for t in tensors]
-    return list(torch._foreach_norm(tensors, dtype=wide))
-
-
-def _norms_over_shards(tensors: list[Tensor]) -> list[Tensor]:
-    """Norms in float64; one collective for all tensors that are cut alike, not one for each."""
-    # What is only a summand on each rank (tensor parallelism) has no norm of its parts.
-    tensors = [t.full_tensor() if is_sharded(t) and any(p.is_partial() for p in t.placements) else t for t in tensors]
-    squares = [torch.linalg.vector_norm(local(t.detach()), dtype=torch.float64).square() for t in tensors]
-    cuts = [(t.device_mesh, t.placements) if is_sharded(t) else None for t in tensors]
-    for cut in dict.fromkeys(c for c in cuts if c is not None):
-        alike = [i for i, c in enumerate(cuts) if c == cut]
-        sums = sum_over_shards(torch.stack([squares[i] for i in alike]), tensors[alike[0]])
-        for i, total in zip(alike, sums, strict=True):
-            squares[i] = total
-    return [total.sqrt() for total in squares]

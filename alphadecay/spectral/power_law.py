@@ -7,14 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 METHODS = ("median", "median-paper", "goodness-of-fit", "fix-finger", "fix-finger-reference")
 HISTOGRAM_BINS = 100  # of log10 lambda, for fix-finger
-EDGES = torch.tensor([*range(HISTOGRAM_BINS), math.inf], dtype=torch.float64)  # in widths of a bin, from the first
+EDGES = torch.tensor(
+    [*range(HISTOGRAM_BINS), math.inf], dtype=torch.float64
+)  # in widths of a bin, from the first
 ZERO = 1e-5  # filter_zeros leaves out eigenvalues up to here (the reference's threshold)
 BLOCK_ROWS = 16  # thresholds whose D is computed at a time: they take 16 N numbers of memory, twice
 ROUNDING = 1e-9  # far above that of a D, far below the differences of two
-ONE_THREAD = 2**15  # numbers that torch leaves to one thread: waking a second one for a few more costs more than it spares
+ONE_THREAD = (
+    2**15
+)  # numbers that torch leaves to one thread: waking a second one for a few more costs more than it spares
 
 ZERO_THRESHOLD = "the median eigenvalue is zero"
 EQUAL_TAIL = "all eigenvalues of the tail are equal"
@@ -41,7 +44,9 @@ class PowerLaw(NamedTuple):
 
 
 @torch.inference_mode()  # spares the many small operations of the searches a tenth of their time
-def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False) -> PowerLaw:
+def fit_power_law(
+    eigenvalues: Tensor, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False
+) -> PowerLaw:
     """Fit a power law to the upper part of a spectrum: PL_Alpha_Hill and its two searches for a threshold.
 
     Args:
@@ -62,7 +67,9 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
     if method not in METHODS:
         raise ValueError(f"unknown fit {method!r}: choose one of {', '.join(METHODS)}")
     if not xmin_pos > 1:
-        raise ValueError(f"xmin_pos is {xmin_pos}: it must be above 1 (2 fits the upper half of the spectrum)")
+        raise ValueError(
+            f"xmin_pos is {xmin_pos}: it must be above 1 (2 fits the upper half of the spectrum)"
+        )
     values = eigenvalues.detach().to("cpu", torch.float64)
     if filter_zeros and (values > ZERO).any():
         values = values[values > ZERO]
@@ -77,7 +84,9 @@ def fit_power_law(eigenvalues: Tensor, method: str = "median", xmin_pos: float =
     if not values.numel():
         raise UndefinedPowerLaw(ZERO_THRESHOLD)
     logs = values.log10()
-    start, stop = (0, values.numel() - 1) if method == "goodness-of-fit" else _window(values, logs, method)
+    start, stop = (
+        (0, values.numel() - 1) if method == "goodness-of-fit" else _window(values, logs, method)
+    )
     return _least_distance(values[start:], logs[start:], stop - start)
 
 
@@ -111,7 +120,10 @@ def _window(values: Tensor, logs: Tensor, method: str) -> tuple[int, int]:
     counts = torch.searchsorted(logs, EDGES * width + low).diff()
     peak = 10 ** (int(counts.argmax()) * width + low)
     lower = 0.95 * peak if method == "fix-finger" else math.log10(0.95 * peak)
-    start, stop = int(torch.searchsorted(values, lower)), int(torch.searchsorted(values, 1.5 * peak, right=True))
+    start, stop = (
+        int(torch.searchsorted(values, lower)),
+        int(torch.searchsorted(values, 1.5 * peak, right=True)),
+    )
     return start, min(stop, values.numel() - 1)
 
 
@@ -130,16 +142,24 @@ def _least_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw:
     length = values.numel()  # faster than len, which torch has in Python
     logs = logs.flip(0).sub_(logs[-1])
     sizes = torch.arange(1, length + 1, dtype=logs.dtype)
-    spreads = logs.cumsum(0).addcmul_(sizes, logs, value=-1)  # of each tail the sum of log10(lambda_j / lambda_i)
+    spreads = logs.cumsum(0).addcmul_(
+        sizes, logs, value=-1
+    )  # of each tail the sum of log10(lambda_j / lambda_i)
     rates = sizes / spreads.mul_(math.log(2))  # (alpha - 1) log2(10)
     tails = torch.stack([logs * rates, rates, sizes])[:, -count:].flip(1)  # lowest threshold first
     logs, sizes = logs.unsqueeze(1), sizes.unsqueeze(1)
     step = max(1, math.isqrt(length) // 2)
     sample = logs[::step], sizes[::step]
     rows = max(1, ONE_THREAD // sample[0].numel())
-    parts = [_distances(*sample, *part.unbind()) for part in (tails.split(rows, 1) if count > rows else (tails,))]
+    parts = [
+        _distances(*sample, *part.unbind())
+        for part in (tails.split(rows, 1) if count > rows else (tails,))
+    ]
     bounds, order = (torch.cat(parts) if count > rows else parts[0]).sort()
-    best = (1.0, 0)  # D and the row; no fit is a D of 1 or, alpha being infinite, one that is not a number
+    best = (
+        1.0,
+        0,
+    )  # D and the row; no fit is a D of 1 or, alpha being infinite, one that is not a number
     for first in range(0, count, BLOCK_ROWS):
         if not float(bounds[first]) <= best[0] + ROUNDING:
             break
@@ -149,7 +169,9 @@ def _least_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw:
     distance, row = best
     if distance >= 1:
         raise UndefinedPowerLaw(NO_THRESHOLD)
-    return PowerLaw(1 + float(rates[-1 - row]) * math.log10(2), distance, float(values[row]), length - row)
+    return PowerLaw(
+        1 + float(rates[-1 - row]) * math.log10(2), distance, float(values[row]), length - row
+    )
 
 
 def _distances(logs: Tensor, ranks: Tensor, own: Tensor, rates: Tensor, sizes: Tensor) -> Tensor:
@@ -159,5 +181,7 @@ def _distances(logs: Tensor, ranks: Tensor, own: Tensor, rates: Tensor, sizes: T
         logs, ranks: [m, 1], log10 of the eigenvalues to compare at, and how many of the spectrum are from there up.
         own, rates, sizes: [n], of each tail log10 of the threshold times the rate, (alpha - 1) log2(10) and the number of eigenvalues.
     """
-    fitted = torch.addcmul(own, logs, rates, value=-1).clamp_(max=0).exp2_()  # below the threshold both shares stay 1
+    fitted = (
+        torch.addcmul(own, logs, rates, value=-1).clamp_(max=0).exp2_()
+    )  # below the threshold both shares stay 1
     return fitted.addcdiv_(ranks.clamp(max=sizes), sizes, value=-1).abs_().amax(dim=0)

@@ -6,8 +6,17 @@ from torch import Tensor
 
 from alphadecay.spectral.power_law import UNDEFINED, UndefinedPowerLaw, fit_power_law
 
-
-METRICS = ("alpha", "alphahat", "spectral_norm", "fnorm", "stable_rank", "entropy", "gradnorm", "gradnorm_d_weightnorm", "alpha_farms")
+METRICS = (
+    "alpha",
+    "alphahat",
+    "spectral_norm",
+    "fnorm",
+    "stable_rank",
+    "entropy",
+    "gradnorm",
+    "gradnorm_d_weightnorm",
+    "alpha_farms",
+)
 COLUMNS = ("alpha", "D", *METRICS[1:])  # the order of a row
 NO_GRADIENT = 10.0  # gradnorm of a weight that has no gradient yet (the reference's value)
 EPSILON = 6e-5  # of the entropy: added to probabilities and rank, and the least singular value that counts
@@ -28,7 +37,9 @@ def empty_row(gradnorm: float) -> dict[str, float]:
     return dict.fromkeys(COLUMNS, math.nan) | {"gradnorm": gradnorm}
 
 
-def unneeded_share(metric: str, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False) -> float:
+def ignored_fraction(
+    metric: str, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False
+) -> float:
     """The share of the spectrum, from below, that the metric does not read closely (`lowest` of `eigenvalues`)."""
     if metric in ("spectral_norm", "gradnorm_d_weightnorm"):
         return 1.0
@@ -39,7 +50,9 @@ def unneeded_share(metric: str, method: str = "median", xmin_pos: float = 2.0, f
     return 1 / xmin_pos
 
 
-def spectral_row(values: Tensor, gradnorm: float, metric: str, whole: bool = True, **fit: object) -> tuple[dict[str, float], int]:
+def spectral_row(
+    values: Tensor, gradnorm: float, metric: str, whole: bool = True, **fit: object
+) -> tuple[dict[str, float], int]:
     """Statistics of one module, as far as the metric asks for them.
 
     Args:
@@ -65,7 +78,9 @@ def spectral_row(values: Tensor, gradnorm: float, metric: str, whole: bool = Tru
     failure = 0
     if metric != "gradnorm_d_weightnorm":
         row["fnorm"] = float(values.sum())
-        row["stable_rank"] = row["fnorm"] / row["spectral_norm"] if row["spectral_norm"] else math.nan
+        row["stable_rank"] = (
+            row["fnorm"] / row["spectral_norm"] if row["spectral_norm"] else math.nan
+        )
         row["entropy"] = spectral_entropy(values) if whole else math.nan
         try:
             law = fit_power_law(values, **fit)

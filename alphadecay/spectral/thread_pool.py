@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import torch
 
-
 T = TypeVar("T")
 
 
@@ -38,7 +37,9 @@ def run_tasks(tasks: list[Callable[[], T]], threads: int, timeout: float) -> lis
                 return
             started[index] = time.monotonic()
             if fresh:
-                torch.set_num_threads(each)  # of this thread, and of threads that begin before the end
+                torch.set_num_threads(
+                    each
+                )  # of this thread, and of threads that begin before the end
                 fresh = False
             try:
                 finished.put((index, tasks[index]()))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -13,13 +12,26 @@ from loguru import logger
 from safetensors.torch import save_file
 from torch.optim import Optimizer
 
-from peft_pretraining.checkpoint.load import CONFIG, EXTRA, MANIFEST, OPTIMIZER, RANDOM, TRAINER, WEIGHTS, checkpoints_of, damage_of, optimizer_state_by_name, random_states, restore_replaced, sha256, step_of, unshared_state
-from peft_pretraining.parallel.process_group import Ranks
+from peft_pretraining.checkpoint.format import (
+    CONFIG,
+    EXTRA,
+    MANIFEST,
+    OPTIMIZER,
+    RANDOM,
+    TRAINER,
+    WEIGHTS,
+)
+from peft_pretraining.checkpoint.random_state import random_states
+from peft_pretraining.checkpoint.retention import delete_old, remove_folder, remove_leftovers
+from peft_pretraining.checkpoint.snapshot import HostSnapshot, Tensors
+from peft_pretraining.checkpoint.state import (
+    optimizer_state_by_name,
+    state_dict_without_tied_weights,
+)
 from peft_pretraining.errors import UserError
-from peft_pretraining.parallel.fsdp import FSDPModule, whole_tensor
-
-
-Tensors = dict[str, dict[str, torch.Tensor]]  # by file and name, or by parameter and name
+from peft_pretraining.parallel.fsdp import FSDPModule
+from peft_pretraining.parallel.process_group import DistributedContext
+from peft_pretraining.utils.files import fsync_path, reason_of, sha256_file
 
 
 class Checkpoints:
@@ -38,12 +50,17 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run_folder: Path, ranks: Ranks, keep: int | None = None, milestone_every: int | None = None, on_error: str = "continue"
+        self,
+        run_folder: Path,
+        ranks: DistributedContext,
+        keep: int | None = None,
+        milestone_every: int | None = None,
+        on_error: str = "continue",
     ):
         self._run_folder, self._ranks = run_folder, ranks
         self._keep, self._milestone_every, self._on_error = keep, milestone_every, on_error
         self._thread: threading.Thread | None = None
-        self._copy = _StateCopy()
+        self._copy = HostSnapshot()
         self._problem: str | None = None  # of the last save
         self._untold = False
         if ranks.is_main:
@@ -74,11 +91,19 @@ class Checkpoints:
             return
         self._wait()
         if config is None:
-            config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(next(model.parameters()).dtype)[6:]}
-        weights = unshared_state(model)
+            config = model.config.to_dict() | {
+                "architectures": ["LlamaForCausalLM"],
+                "dtype": str(next(model.parameters()).dtype)[6:],
+            }
+        weights = state_dict_without_tied_weights(model)
         # The next forward pass writes buffers (BatchNorm's statistics); they are small.
-        weights |= {name: buffer.clone() for name, buffer in model.named_buffers() if name in weights}
-        files = {WEIGHTS: weights} | {EXTRA.format(name): unshared_state(module) for name, module in (extra or {}).items()}
+        weights |= {
+            name: buffer.clone() for name, buffer in model.named_buffers() if name in weights
+        }
+        files = {WEIGHTS: weights} | {
+            EXTRA.format(name): state_dict_without_tied_weights(module)
+            for name, module in (extra or {}).items()
+        }
         documents = {CONFIG: _json(config), TRAINER: _json(trainer)}
         self._problem, self._untold = None, False
         states = optimizer_state_by_name(model, optimizer)
@@ -90,7 +115,9 @@ class Checkpoints:
             return
         folder = self._run_folder / "checkpoints" / f"model_{step}"
         arguments = (folder, documents, randoms, tokenizer)
-        self._thread = threading.Thread(target=self._save, args=arguments, name=f"checkpoint {step}", daemon=False)
+        self._thread = threading.Thread(
+            target=self._save, args=arguments, name=f"checkpoint {step}", daemon=False
+        )
         self._thread.start()
 
     def before_update(self) -> None:
@@ -116,7 +143,9 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _save(self, folder: Path, documents: dict[str, str], randoms: list[bytes], tokenizer) -> None:
+    def _save(
+        self, folder: Path, documents: dict[str, str], randoms: list[bytes], tokenizer
+    ) -> None:
         """What the thread does. It must not fail in silence, whatever happens."""
         try:
             files, states = self._copy.make()
@@ -124,7 +153,7 @@ class Checkpoints:
             write_checkpoint(folder, files, states, documents, randoms, tokenizer)
         except Exception as error:
             remedy = "make room or make it writable; the checkpoints before it are untouched"
-            self._problem = f"{folder} could not be saved ({_reason(error)}): {remedy}"
+            self._problem = f"{folder} could not be saved ({reason_of(error)}): {remedy}"
             self._untold = self._on_error == "stop"
             if not self._untold:
                 logger.warning(f"{self._problem}, training goes on and the next save tries again")
@@ -134,89 +163,9 @@ class Checkpoints:
             try:
                 delete_old(self._run_folder, self._keep, self._milestone_every)
             except OSError as error:
-                logger.warning(f"an old checkpoint could not be deleted ({_reason(error)}): the next save tries again")
-
-
-class _StateCopy:
-    """A copy of weights and optimizer state in CPU memory that is used again for the next one."""
-
-    def __init__(self) -> None:
-        self._buffers: list[torch.Tensor] = []
-        self._stream: torch.cuda.Stream | None = None
-        self._made = threading.Event()  # on CUDA: every copy is in the stream, `_done` comes after the last
-        self._made.set()
-        self._done: torch.cuda.Event | None = None  # until the training's stream waits for it
-        self._gathered = False
-        self._failure: Exception | None = None  # of `gather`, for the thread that writes to raise
-
-    def begin(self, files: Tensors, states: Tensors) -> None:
-        """Note what to copy, weights by file and optimizer state; the thread that trains calls it."""
-        self._files, self._states = files, states
-        self._ready, self._gathered = None, False
-        if any(tensor.is_cuda for tensor in files[WEIGHTS].values()):
-            self._stream = self._stream or torch.cuda.Stream()
-            self._ready = torch.cuda.current_stream().record_event()
-        self._made.clear()
-
-    def gather(self, files: Tensors, states: Tensors, keep: bool) -> None:
-        """In place of `begin`, for sharded tensors: copy them now, whole, one at a time; all ranks call it together.
-
-        keep: whether this rank is the one that makes the copy. Collectives belong to the thread that trains, hence not in `make`.
-        """
-        sources = [tensor for part in (*files.values(), *states.values()) for tensor in part.values()]
-        self._gathered, self._failure = True, None
-        try:
-            self._allocate(sources if keep else [])
-        except (RuntimeError, MemoryError) as error:  # the other ranks wait for this one all the same
-            self._failure, keep = error, False
-        for i, source in enumerate(sources):
-            whole = whole_tensor(source)
-            if keep:
-                self._buffers[i].copy_(whole, non_blocking=True)
-        self._files, self._states = (files, states) if keep else (None, None)
-        self._ready = torch.cuda.current_stream().record_event() if keep and sources[0].is_cuda else None
-
-    def make(self) -> tuple[Tensors, Tensors]:
-        """Copy, and return weights by file and optimizer state as they were noted; the thread that writes calls it."""
-        if self._failure is not None:
-            raise self._failure
-        if self._gathered:
-            return self._result(self._ready)
-        done = None
-        try:
-            sources = [tensor for part in (*self._files.values(), *self._states.values()) for tensor in part.values()]
-            self._allocate(sources)
-            # One call for all: it runs without the interpreter's lock, which the training needs.
-            if self._ready is None:
-                torch._foreach_copy_(self._buffers, sources)
-            else:
-                with torch.cuda.stream(self._stream):
-                    self._stream.wait_event(self._ready)
-                    torch._foreach_copy_(self._buffers, sources, non_blocking=True)
-                    self._done = done = self._stream.record_event()
-        finally:
-            self._made.set()
-        return self._result(done)
-
-    def _result(self, done: "torch.cuda.Event | None") -> tuple[Tensors, Tensors]:
-        if done is not None:
-            done.synchronize()
-        copies = iter(self._buffers)
-        files, states = ({name: {key: next(copies) for key in part} for name, part in all.items()} for all in (self._files, self._states))
-        self._files = self._states = None  # a parameter that the training drops shall not live on here
-        return files, states
-
-    def wait(self) -> None:
-        """Until the copy is made. On CUDA it is the device's current stream that waits, not this process."""
-        self._made.wait()
-        if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
-            self._done = None
-
-    def _allocate(self, sources: list[torch.Tensor]) -> None:
-        if [(t.shape, t.dtype) for t in sources] != [(t.shape, t.dtype) for t in self._buffers]:
-            self._buffers = []  # never two copies at a time
-            self._buffers = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in sources]
+                logger.warning(
+                    f"an old checkpoint could not be deleted ({reason_of(error)}): the next save tries again"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
@@ -247,14 +196,19 @@ def write_checkpoint(
             (building / name).write_text(text, encoding="utf8")
         for rank, content in enumerate(randoms):
             (building / RANDOM.format(rank)).write_bytes(content)
-        with (building / OPTIMIZER).open("wb") as file:  # where the disk is full, Python's file says so and torch's own does not
+        with (building / OPTIMIZER).open(
+            "wb"
+        ) as file:  # where the disk is full, Python's file says so and torch's own does not
             torch.save(states, file)
         files = sorted(p for p in building.rglob("*") if p.is_file())
-        manifest = {p.relative_to(building).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        manifest = {
+            p.relative_to(building).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in files
+        }
         (building / MANIFEST).write_text(_json(manifest), encoding="utf8")
         for path in (*building.rglob("*"), building):
-            _sync(path)
-        _give_name(building, folder)
+            fsync_path(path)
+        _commit(building, folder)
     except Exception:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -264,64 +218,15 @@ def _json(thing: dict) -> str:
     return json.dumps(thing, indent=2) + "\n"
 
 
-def _give_name(building: Path, folder: Path) -> None:
+def _commit(building: Path, folder: Path) -> None:
     replaced = folder.with_name(folder.name + ".replaced")
     if folder.exists():
         folder.rename(replaced)
     building.rename(folder)
-    for parent in (folder.parent, folder.parent.parent):  # the latter has a new entry at the first save
-        _sync(parent)
+    for parent in (
+        folder.parent,
+        folder.parent.parent,
+    ):  # the latter has a new entry at the first save
+        fsync_path(parent)
     if replaced.exists():
-        _remove(replaced)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    """The operating system's words where it is the cause, under whatever a library raised because of it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------- deleting
-
-
-def delete_old(run_folder: Path, keep: int, milestone_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `milestone_every`.
-
-    A damaged one does not count, and stays: a person may want to see it. Raises OSError where one cannot be renamed.
-    """
-    whole = sorted((p for p in checkpoints_of(run_folder) if damage_of(p, hashes=False) is None), key=step_of)
-    for folder in whole[:-keep]:
-        if milestone_every and step_of(folder) % milestone_every == 0:
-            continue
-        # Under a name that is no checkpoint's first: a kill in between must not leave a damaged one.
-        deleted = folder.with_name(folder.name + ".deleted")
-        folder.rename(deleted)
-        _sync(folder.parent)
-        _remove(deleted)
-
-
-def remove_leftovers(run_folder: Path) -> None:
-    """Remove what a killed run left half written or half deleted."""
-    restore_replaced(run_folder)
-    for suffix in ("tmp", "deleted", "replaced"):
-        for folder in (run_folder / "checkpoints").glob(f"model_*.{suffix}"):
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        logger.warning(f"{folder} could not be deleted ({_reason(error)}): the next save tries again")
+        remove_folder(replaced)

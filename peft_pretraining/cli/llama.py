@@ -2,26 +2,22 @@
 that are not about text."""
 
 import argparse
-from typing import NoReturn
 
+from peft_pretraining.cli.common import (
+    DTYPES,
+    PARALLEL,
+    Parser,
+    add_optimizer,
+    add_records,
+    check_numbers,
+    name_run,
+)
+from peft_pretraining.data.sequences import Packing
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.linear_cross_entropy import LOSSES
-from peft_pretraining.optim.optimizer import OPTIMIZERS
-from peft_pretraining.data.sequences import Packing
 from peft_pretraining.optim.schedule import SCHEDULERS
 
-
-DTYPES = ("bfloat16", "bf16_mixed", "float32")
 PACKING_ATTENTION = ("across", "within")
-ON_SAVE_ERROR = ("continue", "stop")
-PARALLEL = ("ddp", "fsdp")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence, not the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def token_count(text: str) -> int:
@@ -30,20 +26,19 @@ def token_count(text: str) -> int:
     try:
         count = int(float(text[:-1]) * scale) if scale else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: give for instance 100M or 1B") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of tokens: give for instance 100M or 1B"
+        ) from None
     return count
-
-
-def true_or_false(text: str) -> bool:
-    """A boolean that means what it says: true or false, in any case."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def llama_parser() -> Parser:
     """The parser of torchrun_main.py, without the method's own flags. Defaults are the published settings."""
-    parser = Parser(prog="torchrun_main.py", description="Pretrain LLaMA with module-wise weight decay.", allow_abbrev=False)
+    parser = Parser(
+        prog="torchrun_main.py",
+        description="Pretrain LLaMA with module-wise weight decay.",
+        allow_abbrev=False,
+    )
     _add_model_and_data(parser.add_argument_group("model and data"))
     _add_training(parser.add_argument_group("training"))
     _add_run(parser.add_argument_group("evaluation, checkpoints and the run's records"))
@@ -51,20 +46,47 @@ def llama_parser() -> Parser:
 
 
 def _add_model_and_data(g) -> None:
-    g.add_argument("--model_config", required=True, metavar="FILE", help="a config of configs/, e.g. configs/llama_60m.json")
-    g.add_argument("--use_hf_model", action="store_true", help="train transformers' LLaMA instead of the lean built-in one")
+    g.add_argument(
+        "--model_config",
+        required=True,
+        metavar="FILE",
+        help="a config of configs/, e.g. configs/llama_60m.json",
+    )
+    g.add_argument(
+        "--use_hf_model",
+        action="store_true",
+        help="train transformers' LLaMA instead of the lean built-in one",
+    )
     g.add_argument(
         "--dataset", default="c4", metavar="SOURCE",
         help="c4 (streamed from the Hugging Face Hub), pydocs (built in, needs no network), a .jsonl/.txt/.parquet file "
         "(.gz, .xz, .zst too), a folder of them, or what peft_pretraining.prepare_data made (default c4)",
     )  # fmt: skip
-    g.add_argument("--stream", action="store_true", help="read files while training instead of tokenizing them beforehand, as c4 always is")
-    g.add_argument("--validation_file", metavar="FILE", help="default: the source's own validation split, or 1 %% held out by hash")
+    g.add_argument(
+        "--stream",
+        action="store_true",
+        help="read files while training instead of tokenizing them beforehand, as c4 always is",
+    )
+    g.add_argument(
+        "--validation_file",
+        metavar="FILE",
+        help="default: the source's own validation split, or 1 %% held out by hash",
+    )
     g.add_argument(
         "--tokenizer", help="a hub name, a folder, or bpe: trained on the corpus (default: that of the prepared data, else t5-base)"
     )  # fmt: skip
-    g.add_argument("--max_length", type=int, default=256, help="tokens in a row: a document is cut or padded to it (default 256)")
-    g.add_argument("--max_passes", type=int, metavar="N", help="stop before data is seen more than N times (default: go on)")
+    g.add_argument(
+        "--max_length",
+        type=int,
+        default=256,
+        help="tokens in a row: a document is cut or padded to it (default 256)",
+    )
+    g.add_argument(
+        "--max_passes",
+        type=int,
+        metavar="N",
+        help="stop before data is seen more than N times (default: go on)",
+    )
     g.add_argument(
         "--packing", action="store_true",
         help="rows without pads, in training and validation: documents joined by the end-of-sequence id and cut into windows",
@@ -74,22 +96,65 @@ def _add_model_and_data(g) -> None:
         help="what a token of a packed row sees: across: all before it (default); within: those of its own document, and no document's "
         "first token is predicted, as in padded rows",
     )  # fmt: skip
-    g.add_argument("--workers", type=int, default=8, help="processes that read and tokenize a stream, for each rank (default 8)")
-    g.add_argument("--seed", type=int, default=5, help="of the initial weights and of the order of the data (default 5)")
+    g.add_argument(
+        "--workers",
+        type=int,
+        default=8,
+        help="processes that read and tokenize a stream, for each rank (default 8)",
+    )
+    g.add_argument(
+        "--seed",
+        type=int,
+        default=5,
+        help="of the initial weights and of the order of the data (default 5)",
+    )
 
 
 def _add_training(g) -> None:
     add_optimizer(g, lr=1e-3, weight_decay=1e-5)
-    g.add_argument("--batch_size", type=int, default=256, help="rows in a micro-batch of one process (default 256)")
-    g.add_argument("--total_batch_size", type=int, help="rows in an update, over all processes (default 512)")
-    g.add_argument("--gradient_accumulation", type=int, help="micro-batches in an update; follows from the two batch sizes")
+    g.add_argument(
+        "--batch_size",
+        type=int,
+        default=256,
+        help="rows in a micro-batch of one process (default 256)",
+    )
+    g.add_argument(
+        "--total_batch_size", type=int, help="rows in an update, over all processes (default 512)"
+    )
+    g.add_argument(
+        "--gradient_accumulation",
+        type=int,
+        help="micro-batches in an update; follows from the two batch sizes",
+    )
     g.add_argument("--num_training_steps", type=int, help="updates (default 10000)")
-    g.add_argument("--max_train_tokens", type=token_count, metavar="N", help="instead of steps: tokens, pads counted, e.g. 100M or 1B")
-    g.add_argument("--warmup_steps", type=int, help="updates of linear warm-up (default: the first 10 %%)")
-    g.add_argument("--scheduler", choices=SCHEDULERS, default="cosine", help="learning rate after the warm-up (default cosine)")
+    g.add_argument(
+        "--max_train_tokens",
+        type=token_count,
+        metavar="N",
+        help="instead of steps: tokens, pads counted, e.g. 100M or 1B",
+    )
+    g.add_argument(
+        "--warmup_steps", type=int, help="updates of linear warm-up (default: the first 10 %%)"
+    )
+    g.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default="cosine",
+        help="learning rate after the warm-up (default cosine)",
+    )
     g.add_argument("--cycle_length", type=int, help="updates in a cycle of cosine_restarts")
-    g.add_argument("--min_lr_ratio", type=float, default=0.1, help="last learning rate over the peak (default 0.1)")
-    g.add_argument("--grad_clipping", type=float, default=0.0, help="greatest gradient norm; 0: none (default; the paper's text says 1.0)")
+    g.add_argument(
+        "--min_lr_ratio",
+        type=float,
+        default=0.1,
+        help="last learning rate over the peak (default 0.1)",
+    )
+    g.add_argument(
+        "--grad_clipping",
+        type=float,
+        default=0.0,
+        help="greatest gradient norm; 0: none (default; the paper's text says 1.0)",
+    )
     g.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16",
         help="bfloat16: bf16 parameters, as published (default); bf16_mixed: float32 parameters under bf16 autocast, "
@@ -104,7 +169,11 @@ def _add_training(g) -> None:
         "--compile", choices=("auto", "on", "off"), default="auto",
         help="compile the blocks with torch.compile; auto: where there is a GPU (default). On a CPU it needs a C++ compiler",
     )  # fmt: skip
-    g.add_argument("--activation_checkpointing", action="store_true", help="compute activations again in the backward pass: less memory")
+    g.add_argument(
+        "--activation_checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory",
+    )
     g.add_argument(
         "--parallel", choices=PARALLEL, default="ddp",
         help="of several processes: ddp: each holds the whole model (default); fsdp: each holds a part of every weight, gradient and "
@@ -114,50 +183,49 @@ def _add_training(g) -> None:
         "--fsdp_shard_size", type=int, metavar="N",
         help="of fsdp: processes that share one copy of the model, for instance those of a node (default: all)",
     )  # fmt: skip
-    g.add_argument("--single_cuda", action="store_true", help="one process on one GPU, no process group")
+    g.add_argument(
+        "--single_cuda", action="store_true", help="one process on one GPU, no process group"
+    )
 
 
 def _add_run(g) -> None:
-    g.add_argument("--eval_every", type=int, default=1000, help="updates between two evaluations (default 1000); one at the end")
-    g.add_argument("--target_eval_tokens", type=int, default=10_000_000, help="tokens of an evaluation, at most (default 10_000_000)")
-    g.add_argument("--save_every", type=int, default=10_000, help="updates between two checkpoints (default 10000); one follows the last")
-    g.add_argument("--keep_checkpoints", type=int, metavar="N", help="delete all but the newest N after each save (default: keep all)")
-    g.add_argument("--keep_every", type=int, metavar="M", help="checkpoints of every M-th update stay in spite of --keep_checkpoints")
+    g.add_argument(
+        "--eval_every",
+        type=int,
+        default=1000,
+        help="updates between two evaluations (default 1000); one at the end",
+    )
+    g.add_argument(
+        "--target_eval_tokens",
+        type=int,
+        default=10_000_000,
+        help="tokens of an evaluation, at most (default 10_000_000)",
+    )
+    g.add_argument(
+        "--save_every",
+        type=int,
+        default=10_000,
+        help="updates between two checkpoints (default 10000); one follows the last",
+    )
+    g.add_argument(
+        "--keep_checkpoints",
+        type=int,
+        metavar="N",
+        help="delete all but the newest N after each save (default: keep all)",
+    )
+    g.add_argument(
+        "--keep_every",
+        type=int,
+        metavar="M",
+        help="checkpoints of every M-th update stay in spite of --keep_checkpoints",
+    )
     g.add_argument("--save_dir", metavar="FOLDER", help="the run folder (default runs/NAME)")
-    g.add_argument("--continue_from", metavar="WHERE", help="a checkpoint, a run folder, or auto: the newest of this run, if any")
+    g.add_argument(
+        "--continue_from",
+        metavar="WHERE",
+        help="a checkpoint, a run folder, or auto: the newest of this run, if any",
+    )
     add_records(g)
-
-
-def add_optimizer(g, lr: float, weight_decay: float) -> None:
-    """The optimizer's flags, with these defaults, to a group of a parser."""
-    g.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="adam",
-        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: torch's for the hidden matrices, adamw for the rest",
-    )  # fmt: skip
-    g.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
-    g.add_argument(
-        "--weight_decay", type=float, default=weight_decay, help=f"eta, the decay that is scaled for each module (default {weight_decay:g})"
-    )
-    g.add_argument(
-        "--max_skipped_updates", type=int, default=10, metavar="N",
-        help="updates whose loss or gradient is not finite are left out; after N in a row the run stops, with a checkpoint (default 10)",
-    )  # fmt: skip
-
-
-def add_records(g) -> None:
-    """The flags of a run's name and records to a group of a parser."""
-    g.add_argument(
-        "--on_save_error", choices=ON_SAVE_ERROR, default="continue",
-        help="when a checkpoint cannot be written, as on a full disk: continue and try again with the next (default), or stop",
-    )  # fmt: skip
-    g.add_argument("--name", help="name of the run and its folder (default: --wandb_name, or made of the settings)")
-    g.add_argument("--wandb_name", help="name of the run in W&B (default: --name)")
-    g.add_argument("--no_wandb", action="store_true", help="keep the records in the run folder only")
-    g.add_argument("--tags", default="", help="W&B tags, separated by commas")
-    g.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics.jsonl (default 10)")
-    g.add_argument(
-        "--profile", action="store_true", help="write a torch profiler trace of updates 4 to 6 of this process to RUN/profile/rank0.json.gz"
-    )
 
 
 def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
@@ -173,12 +241,20 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     _complete_batch(args, world_size)
     _complete_steps(args)
     if args.scheduler == "cosine_restarts" and not args.cycle_length:
-        raise UserError("--scheduler cosine_restarts needs --cycle_length N, the updates in a cycle")
+        raise UserError(
+            "--scheduler cosine_restarts needs --cycle_length N, the updates in a cycle"
+        )
     if args.packing_attention == "within" and (args.use_hf_model or not args.packing):
-        why = "the built-in model: leave --use_hf_model out" if args.use_hf_model else "packed rows: add --packing"
+        why = (
+            "the built-in model: leave --use_hf_model out"
+            if args.use_hf_model
+            else "packed rows: add --packing"
+        )
         raise UserError(f"--packing_attention within is for {why}")
     if args.keep_every and not args.keep_checkpoints:
-        raise UserError("--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints")
+        raise UserError(
+            "--keep_every says what --keep_checkpoints N leaves: give that too, or neither to keep all checkpoints"
+        )
     name_run(args, args.model_config.rsplit("/", 1)[-1].removesuffix(".json"))
     args.save_dir = args.save_dir or f"runs/{args.name}"
     return args
@@ -189,42 +265,11 @@ def packing_of(args: argparse.Namespace) -> Packing:
     return args.packing and (args.packing_attention == "across" or "within")
 
 
-def method_name(args: argparse.Namespace) -> str:
-    """`alphadecay`, `gradnorm+iso_budget`: the method and what is added to it."""
-    kinds = {"alphadecay": args.use_modulewise_wd, "awd": args.use_AWD_NeurIPS2023, "adadecay": args.use_AdaDecay, "uniform": True}
-    name = args.method or next(kind for kind, on in kinds.items() if on)
-    # A method's name settles all switches but the last three.
-    switches = ("one_shot", "shuffle_decays", "type_constant") * (not args.method) + ("iso_budget", "adamc", "cautious_decay")
-    return "+".join([name, *(switch for switch in switches if getattr(args, switch))])
-
-
-def name_run(args: argparse.Namespace, model: str) -> None:
-    """Fill in the names, and check the flags that both scripts have. Raises UserError."""
-    if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
-        raise UserError(f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them")
-    settings = f"{model}-{method_name(args)}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
-    args.name = args.name or args.wandb_name or settings
-    args.wandb_name = args.wandb_name or args.name
-    args.tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]
-    if any(len(tag) > 64 for tag in args.tags):
-        raise UserError("--tags: W&B takes tags of at most 64 characters; separate them by commas")
-
-
-def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
-    """Raise UserError for an argument out of its range; None is in every range."""
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} {value}: it must be above 0")
-    for name in not_negative:
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise UserError(f"--{name} {value}: it must be 0 or more")
-
-
 def _check_parallel(args: argparse.Namespace, world_size: int) -> None:
     if args.parallel == "fsdp" and args.optimizer == "muon":
-        raise UserError("--optimizer muon works on whole matrices, which --parallel fsdp cuts: give --parallel ddp or another optimizer")
+        raise UserError(
+            "--optimizer muon works on whole matrices, which --parallel fsdp cuts: give --parallel ddp or another optimizer"
+        )
     size = args.fsdp_shard_size
     if size is None:
         return
@@ -240,7 +285,9 @@ def _check_parallel(args: argparse.Namespace, world_size: int) -> None:
 def _complete_batch(args: argparse.Namespace, world_size: int) -> None:
     each = args.batch_size * world_size
     if args.total_batch_size is None:
-        args.total_batch_size = each * args.gradient_accumulation if args.gradient_accumulation else 512
+        args.total_batch_size = (
+            each * args.gradient_accumulation if args.gradient_accumulation else 512
+        )
     if args.total_batch_size % each:
         raise UserError(
             f"--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} times {world_size} "
@@ -258,13 +305,19 @@ def _complete_batch(args: argparse.Namespace, world_size: int) -> None:
 def _complete_steps(args: argparse.Namespace) -> None:
     if args.max_train_tokens is not None:
         if args.num_training_steps is not None:
-            raise UserError("--num_training_steps and --max_train_tokens exclude each other: give one of them")
+            raise UserError(
+                "--num_training_steps and --max_train_tokens exclude each other: give one of them"
+            )
         each = args.total_batch_size * args.max_length
         args.num_training_steps = args.max_train_tokens // each
         if not args.num_training_steps:
-            raise UserError(f"--max_train_tokens {args.max_train_tokens} is less than one update of {each} tokens: give more")
+            raise UserError(
+                f"--max_train_tokens {args.max_train_tokens} is less than one update of {each} tokens: give more"
+            )
     args.num_training_steps = args.num_training_steps or 10_000
     if args.warmup_steps is None:
         args.warmup_steps = args.num_training_steps // 10
     if args.warmup_steps > args.num_training_steps:
-        raise UserError(f"--warmup_steps {args.warmup_steps} is more than --num_training_steps {args.num_training_steps}: give fewer")
+        raise UserError(
+            f"--warmup_steps {args.warmup_steps} is more than --num_training_steps {args.num_training_steps}: give fewer"
+        )

@@ -10,11 +10,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from peft_pretraining.data.tokenizer_pool import text_batches
+from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.tokenizer_pool import text_batches
 
-
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 Packing = bool | Literal["within"]
 
 
@@ -58,7 +57,10 @@ class Rows:
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
         """The index of each shard's first row, and the number of all rows: int64 [shards + 1]."""
-        counts = [len(shard.tokens) // self.max_length if self.packing else len(shard.offsets) - 1 for shard in self.shards]
+        counts = [
+            len(shard.tokens) // self.max_length if self.packing else len(shard.offsets) - 1
+            for shard in self.shards
+        ]
         return np.cumsum([0, *counts])
 
     @property
@@ -66,7 +68,9 @@ class Rows:
         """Ids of each row that are not padding, the end-of-sequence id included: int64 [rows]."""
         if self.packing:
             return np.full(len(self), self.max_length)
-        documents = np.concatenate([np.empty(0, np.int64), *(np.diff(shard.offsets) for shard in self.shards)])
+        documents = np.concatenate(
+            [np.empty(0, np.int64), *(np.diff(shard.offsets) for shard in self.shards)]
+        )
         return np.minimum(documents[: len(self)], self.max_length)
 
     @property
@@ -105,7 +109,7 @@ class Rows:
             return packed_batch(ids, self.eos_id if self.packing == "within" else None)
         ids[np.arange(len(ids)), lengths - 1] = self.eos_id  # the end of a document that was cut
         # What is padding follows from lengths: the filler may be an id that documents hold too.
-        labels = np.where(np.arange(self.max_length) < lengths[:, None], ids, IGNORED)
+        labels = np.where(np.arange(self.max_length) < lengths[:, None], ids, IGNORE_INDEX)
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
     def _read(self, shard: Shard, i: int) -> np.ndarray:
@@ -126,7 +130,7 @@ def packed_batch(ids: np.ndarray, end: int | None) -> dict[str, torch.Tensor]:
     """Packed rows, int64 [batch, max_length], and their labels; with the id that ends documents none for what comes after it."""
     labels = ids.copy()
     if end is not None:
-        labels[:, 1:][ids[:, :-1] == end] = IGNORED
+        labels[:, 1:][ids[:, :-1] == end] = IGNORE_INDEX
     return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
 
@@ -134,7 +138,11 @@ def packed_batch(ids: np.ndarray, end: int | None) -> dict[str, torch.Tensor]:
 
 
 def tokenize_rows(
-    documents: Iterable[str], tokenizer: Tokenizer, max_length: int, target_tokens: int | None = None, packing: Packing = False
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+    target_tokens: int | None = None,
+    packing: Packing = False,
 ) -> Rows:
     """Tokenises documents into memory, until `target_tokens` targets are reached (None: all)."""
     parts, counts, total, reached = [], [], 0, 0
@@ -150,7 +158,9 @@ def tokenize_rows(
             break
     tokens = np.concatenate([np.empty(0, np.uint16), *parts])
     shard = Shard(tokens, offsets_of(np.concatenate([np.empty(0, np.int64), *counts])))
-    return Rows((shard,), max_length, tokenizer.pad_id, tokenizer.eos_id, packing).head(target_tokens)
+    return Rows((shard,), max_length, tokenizer.pad_id, tokenizer.eos_id, packing).head(
+        target_tokens
+    )
 
 
 def _without_empty(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ import hashlib
 
 import numpy as np
 
-
 # Over four elements (the worst case) the distance from a uniform permutation halves with each round: after 16 it is 2e-5.
 ROUNDS = 16
 
@@ -22,14 +21,19 @@ class RowOrder:
         self.seed, self.n = seed, n
         bits = max(2, (n - 1).bit_length())
         self._right_bits = bits // 2
-        self._masks = (1 << (bits - self._right_bits)) - 1, (1 << self._right_bits) - 1  # of the left and the right half
+        self._masks = (
+            (1 << (bits - self._right_bits)) - 1,
+            (1 << self._right_bits) - 1,
+        )  # of the left and the right half
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """The rows at the positions [start, stop): int64 [stop - start]. Any position costs the same, however far it is."""
         if stop <= start:
             return np.empty(0, np.int64)
         epochs, rows = np.divmod(np.arange(start, stop, dtype=np.int64), self.n)
-        keys = np.stack([self._keys(epoch) for epoch in range(start // self.n, (stop - 1) // self.n + 1)])[epochs - epochs[0]]
+        keys = np.stack(
+            [self._keys(epoch) for epoch in range(start // self.n, (stop - 1) // self.n + 1)]
+        )[epochs - epochs[0]]
         rows = self._network(rows.astype(np.uint64), keys)
         while len(outside := np.flatnonzero(rows >= self.n)):
             rows[outside] = self._network(rows[outside], keys[outside])
@@ -37,7 +41,10 @@ class RowOrder:
 
     def _network(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Each value (uint64 [values]) under its keys (uint64 [values, ROUNDS]); the halves alter each other in turn."""
-        shift, (left_mask, right_mask) = np.uint64(self._right_bits), np.array(self._masks, np.uint64)
+        shift, (left_mask, right_mask) = (
+            np.uint64(self._right_bits),
+            np.array(self._masks, np.uint64),
+        )
         left, right = values >> shift, values & right_mask
         for i in range(0, ROUNDS, 2):
             left ^= _mix(keys[:, i] | right) & left_mask

@@ -17,18 +17,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from peft_pretraining.errors import UserError
-from peft_pretraining.data.workers import loaded
 from peft_pretraining.data.sequences import Packing, Rows, Shard, offsets_of, packed_batch
-from peft_pretraining.data.sources.shards import Shards, read_patiently
+from peft_pretraining.data.sources.shards import Shards, read_with_retries
 from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.workers import loaded
+from peft_pretraining.errors import UserError
 
-
-MOST_LANES = 64  # as many as eight ranks with eight processes each can share; each holds a file open
+MAX_SUBSTREAMS = (
+    64  # as many as eight ranks with eight processes each can share; each holds a file open
+)
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly: how much a packed lane reads ahead
 
 
-class LanePosition(NamedTuple):
+class SubstreamState(NamedTuple):
     """Where a lane stands: shards that it has finished in this pass, documents that it has used up in its current shard, tokens
     used of the document after them (packed rows only), and passes through all its shards that are complete."""
 
@@ -42,8 +43,8 @@ class Document(NamedTuple):
     """A document of a lane, with the positions before and after it."""
 
     text: str
-    before: LanePosition
-    after: LanePosition
+    before: SubstreamState
+    after: SubstreamState
 
 
 class Block(NamedTuple):
@@ -69,12 +70,17 @@ class StreamedRows:
 
     def lanes(self, total_batch_size: int) -> int:
         """The number of lanes: the greatest divisor of the global batch that is neither above `MOST_LANES` nor the number of shards."""
-        most = min(MOST_LANES, self.documents.n_shards)
+        most = min(MAX_SUBSTREAMS, self.documents.n_shards)
         return max(lanes for lanes in range(1, most + 1) if total_batch_size % lanes == 0)
 
     def parts(
-        self, blocks: list[Block], starts: list[LanePosition], lanes: int, each: int, max_passes: int | None = None
-    ) -> Iterator[tuple[dict[str, torch.Tensor], list[LanePosition]]]:
+        self,
+        blocks: list[Block],
+        starts: list[SubstreamState],
+        lanes: int,
+        each: int,
+        max_passes: int | None = None,
+    ) -> Iterator[tuple[dict[str, torch.Tensor], list[SubstreamState]]]:
         """The rows of these blocks of one global batch after another, and where each block's lane stands after the batch.
 
         Rows are `input_ids` and `labels`, int64 [rows of all blocks, max_length], in the order of the blocks. Lane
@@ -84,7 +90,11 @@ class StreamedRows:
         sources = []
         for block, start in zip(blocks, starts, strict=True):
             documents = self._documents(block.lane, lanes, start, max_passes)
-            sources.append(self._windows(documents, each) if self.packing else ((text, after) for text, _, after in documents))
+            sources.append(
+                self._windows(documents, each)
+                if self.packing
+                else ((text, after) for text, _, after in documents)
+            )
         while True:
             rows, positions = [], []
             for block, source in zip(blocks, sources, strict=True):
@@ -95,41 +105,60 @@ class StreamedRows:
                 positions.append(found[-1][1])
             yield self._batch(rows), positions
 
-    def _documents(self, lane: int, lanes: int, start: LanePosition, max_passes: int | None) -> Iterator[Document]:
+    def _documents(
+        self, lane: int, lanes: int, start: SubstreamState, max_passes: int | None
+    ) -> Iterator[Document]:
         """The documents of a lane from a position on, pass after pass."""
         shards = range(lane, self.documents.n_shards, lanes)
         before = start
         while max_passes is None or before.passes < max_passes:
-            empty = before.shards == before.documents == 0  # a pass taken up in its middle may find nothing left
+            empty = (
+                before.shards == before.documents == 0
+            )  # a pass taken up in its middle may find nothing left
             for finished in range(before.shards, len(shards)):
-                for text, last in _with_last(read_patiently(self.documents, shards[finished], before.documents)):
+                for text, last in _with_last(
+                    read_with_retries(self.documents, shards[finished], before.documents)
+                ):
                     # With its last document a shard is finished: it is not opened again to find nothing left in it.
-                    shard, documents = (finished + 1, 0) if last else (finished, before.documents + 1)
-                    after = LanePosition(shard, documents, 0, before.passes)
+                    shard, documents = (
+                        (finished + 1, 0) if last else (finished, before.documents + 1)
+                    )
+                    after = SubstreamState(shard, documents, 0, before.passes)
                     yield Document(text, before, after)
                     before, empty = after, False
-                before = LanePosition(finished + 1, 0, 0, before.passes)
+                before = SubstreamState(finished + 1, 0, 0, before.passes)
             if empty:
                 raise UserError(
                     f"Lane {lane} of {lanes} of the training stream, {len(shards)} of its {self.documents.n_shards} shards, "
                     "holds no document; give more or larger files, or leave --stream out."
                 )
-            before = LanePosition(passes=before.passes + 1)
+            before = SubstreamState(passes=before.passes + 1)
 
-    def _windows(self, documents: Iterator[Document], each: int) -> Iterator[tuple[np.ndarray, LanePosition]]:
+    def _windows(
+        self, documents: Iterator[Document], each: int
+    ) -> Iterator[tuple[np.ndarray, SubstreamState]]:
         """The joined documents in windows, each int64 [max_length], and where their lane stands after it."""
         window, filled = np.empty(self.max_length, np.int64), 0
-        for document, ids in self._encoded(documents, CHARACTERS_PER_TOKEN * self.max_length * each):
+        for document, ids in self._encoded(
+            documents, CHARACTERS_PER_TOKEN * self.max_length * each
+        ):
             used = document.before.tokens
             while used < len(ids):
                 taken = min(len(ids) - used, self.max_length - filled)
                 window[filled : filled + taken] = ids[used : used + taken]
                 used, filled = used + taken, filled + taken
                 if filled == self.max_length:
-                    yield window.copy(), document.after if used == len(ids) else document.before._replace(tokens=used)
+                    yield (
+                        window.copy(),
+                        document.after
+                        if used == len(ids)
+                        else document.before._replace(tokens=used),
+                    )
                     filled = 0
 
-    def _encoded(self, documents: Iterator[Document], characters: int) -> Iterator[tuple[Document, np.ndarray]]:
+    def _encoded(
+        self, documents: Iterator[Document], characters: int
+    ) -> Iterator[tuple[Document, np.ndarray]]:
         """Each document with its ids (int32 [tokens]); so many characters of text are encoded at once, on the tokenizer's threads."""
         while batch := _first_characters(documents, characters):
             tokens, lengths = self.tokenizer.encode([document.text for document in batch])
@@ -137,10 +166,14 @@ class StreamedRows:
 
     def _batch(self, rows: list[str] | list[np.ndarray]) -> dict[str, torch.Tensor]:
         if self.packing:
-            return packed_batch(np.stack(rows), self.tokenizer.eos_id if self.packing == "within" else None)
+            return packed_batch(
+                np.stack(rows), self.tokenizer.eos_id if self.packing == "within" else None
+            )
         tokens, lengths = self.tokenizer.encode(rows)
         shard = Shard(tokens, offsets_of(lengths))
-        return Rows((shard,), self.max_length, self.tokenizer.pad_id, self.tokenizer.eos_id).batch(np.arange(len(rows)))
+        return Rows((shard,), self.max_length, self.tokenizer.pad_id, self.tokenizer.eos_id).batch(
+            np.arange(len(rows))
+        )
 
 
 def _with_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
@@ -167,8 +200,13 @@ def _first_characters(documents: Iterator[Document], characters: int) -> list[Do
 
 
 def stream_batches(
-    train: StreamedRows, position: dict | None, total_batch_size: int, rows: range, workers: int, max_passes: int | None
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, LanePosition]]]:
+    train: StreamedRows,
+    position: dict | None,
+    total_batch_size: int,
+    rows: range,
+    workers: int,
+    max_passes: int | None,
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, SubstreamState]]]:
     """The `rows` of one global batch after another, and where each lane that they come from stands after that batch.
 
     Goes on from the "lanes" of `position` (None: the beginning) and ends where the data ends. Up to `workers` processes read, one
@@ -178,34 +216,51 @@ def stream_batches(
     lanes = train.lanes(total_batch_size)
     each = total_batch_size // lanes
     touched = range(rows.start // each, -(-rows.stop // each))
-    blocks = [Block(lane, max(rows.start - lane * each, 0), min(rows.stop - lane * each, each)) for lane in touched]
+    blocks = [
+        Block(lane, max(rows.start - lane * each, 0), min(rows.stop - lane * each, each))
+        for lane in touched
+    ]
     starts = _starts(position, lanes, total_batch_size)
     shares = min(workers, len(blocks)) or 1
     cuts = [len(blocks) * share // shares for share in range(shares + 1)]
-    parts = _Parts(train, [blocks[a:b] for a, b in itertools.pairwise(cuts)], starts, lanes, each, max_passes)
-    return _joined(_loaded(parts, shares) if workers else parts.share(0), shares, [str(block.lane) for block in blocks])
+    parts = _Parts(
+        train, [blocks[a:b] for a, b in itertools.pairwise(cuts)], starts, lanes, each, max_passes
+    )
+    return _joined(
+        _loaded(parts, shares) if workers else parts.share(0),
+        shares,
+        [str(block.lane) for block in blocks],
+    )
 
 
-def _starts(position: dict | None, lanes: int, total_batch_size: int) -> list[LanePosition]:
+def _starts(position: dict | None, lanes: int, total_batch_size: int) -> list[SubstreamState]:
     """The position of each lane. UserError where `position` is not one of so many lanes."""
     if position is None:
-        return [LanePosition()] * lanes
+        return [SubstreamState()] * lanes
     found = position.get("lanes")
     if found is None:
-        raise UserError("The position to continue from is not one of a stream; give the --dataset it was trained with, without --stream.")
+        raise UserError(
+            "The position to continue from is not one of a stream; give the --dataset it was trained with, without --stream."
+        )
     if len(found) != lanes:
         raise UserError(
             f"The stream to continue was read in {len(found)} lanes, --total_batch_size {total_batch_size} makes {lanes}; "
             "give the --total_batch_size it was trained with."
         )
-    return [LanePosition(*found[str(lane)]) for lane in range(lanes)]
+    return [SubstreamState(*found[str(lane)]) for lane in range(lanes)]
 
 
 class _Parts(torch.utils.data.IterableDataset):
     """What each worker process reads: its share of the blocks."""
 
     def __init__(
-        self, train: StreamedRows, shares: list[list[Block]], starts: list[LanePosition], lanes: int, each: int, max_passes: int | None
+        self,
+        train: StreamedRows,
+        shares: list[list[Block]],
+        starts: list[SubstreamState],
+        lanes: int,
+        each: int,
+        max_passes: int | None,
     ):
         self.train, self.shares, self.starts = train, shares, starts
         self.lanes, self.each, self.max_passes = lanes, each, max_passes
@@ -213,20 +268,32 @@ class _Parts(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator:
         info = torch.utils.data.get_worker_info()
         if info.num_workers > 1:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism; threads in each would fight for the cores
+            os.environ["TOKENIZERS_PARALLELISM"] = (
+                "false"  # the workers are the parallelism; threads in each would fight for the cores
+            )
         return self.share(info.id)
 
-    def share(self, index: int) -> Iterator[tuple[dict[str, torch.Tensor], list[LanePosition]] | UserError | None]:
+    def share(
+        self, index: int
+    ) -> Iterator[tuple[dict[str, torch.Tensor], list[SubstreamState]] | UserError | None]:
         """`StreamedRows.parts` of one share; then None where the data ends, or the UserError that ends it."""
         blocks = self.shares[index]
         try:
-            yield from self.train.parts(blocks, [self.starts[block.lane] for block in blocks], self.lanes, self.each, self.max_passes)
+            yield from self.train.parts(
+                blocks,
+                [self.starts[block.lane] for block in blocks],
+                self.lanes,
+                self.each,
+                self.max_passes,
+            )
         except UserError as error:
             yield error  # raised in a worker, it would arrive wrapped in a traceback
         yield None
 
 
-def _joined(items: Iterator, shares: int, lanes: list[str]) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, LanePosition]]]:
+def _joined(
+    items: Iterator, shares: int, lanes: list[str]
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, SubstreamState]]]:
     """The parts of each global batch, put together: the tensors one after another, the positions by the names of their `lanes`."""
     while True:
         parts = list(itertools.islice(items, shares))

@@ -70,37 +70,55 @@ class Tokenizer:
         )
 
 
-def encode_documents(encoder: tokenizers.Tokenizer, eos_id: int, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def encode_documents(
+    encoder: tokenizers.Tokenizer, eos_id: int, texts: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """What `Tokenizer.encode` returns, unchecked: for processes that have no more of a tokenizer than its encoder."""
-    documents = [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+    documents = [
+        encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)
+    ]
     for ids in documents:
         ids.append(eos_id)
     lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-    return np.fromiter(itertools.chain.from_iterable(documents), np.int32, int(lengths.sum())), lengths
+    return np.fromiter(
+        itertools.chain.from_iterable(documents), np.int32, int(lengths.sum())
+    ), lengths
 
 
-def load_tokenizer(name: str, vocab_size: int, documents: Iterable[str], cache_dir: Path, fingerprint: str) -> Tokenizer:
+def load_tokenizer(
+    name: str, vocab_size: int, documents: Iterable[str], cache_dir: Path, fingerprint: str
+) -> Tokenizer:
     """The tokenizer of that name, ready for a model with `vocab_size` embeddings.
 
     `name` is a folder, a name on the Hub, or `bpe`: a byte-level BPE of exactly `vocab_size` ids, trained on the first 50 MB of
     `documents` and cached in `cache_dir` under `fingerprint` (of the corpus) and size.
     Raises UserError where it cannot be loaded or trained, or has no end-of-sequence token.
     """
-    hf = _cached_bpe(vocab_size, documents, Path(cache_dir), fingerprint) if name == "bpe" else _pretrained(name)
+    hf = (
+        _cached_bpe(vocab_size, documents, Path(cache_dir), fingerprint)
+        if name == "bpe"
+        else _pretrained(name)
+    )
     return wrap_tokenizer(hf, name, vocab_size)
 
 
 def wrap_tokenizer(hf: PreTrainedTokenizerFast, name: str, vocab_size: int) -> Tokenizer:
     """Makes a `Tokenizer` of a Hugging Face fast tokenizer. UserError where it has no end-of-sequence token or is a slow one."""
     if not hf.is_fast:
-        raise UserError(f"Tokenizer {name} has no tokenizer.json; give another with `--tokenizer FOLDER` or type `--tokenizer bpe`.")
+        raise UserError(
+            f"Tokenizer {name} has no tokenizer.json; give another with `--tokenizer FOLDER` or type `--tokenizer bpe`."
+        )
     if hf.eos_token_id is None:
-        raise UserError(f"Tokenizer {name} has no end-of-sequence token; give another with `--tokenizer FOLDER` or type `--tokenizer bpe`.")
+        raise UserError(
+            f"Tokenizer {name} has no end-of-sequence token; give another with `--tokenizer FOLDER` or type `--tokenizer bpe`."
+        )
     eos, pad = hf.eos_token_id, hf.pad_token_id
     # Filler must be an id that the model embeds; padding is told by length, so the end-of-sequence id serves as well as any.
     filler = pad if pad is not None and pad < vocab_size else eos
     encoder = plain_encoder(hf.backend_tokenizer)
-    tokenizer = Tokenizer(name, hf, encoder, eos, filler, vocab_size, content_hash=_content_hash(encoder, eos, filler))
+    tokenizer = Tokenizer(
+        name, hf, encoder, eos, filler, vocab_size, content_hash=_content_hash(encoder, eos, filler)
+    )
     if eos >= vocab_size:
         raise tokenizer._out_of_vocabulary(eos)
     return tokenizer
@@ -117,7 +135,10 @@ def plain_encoder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     if state["model"]["type"] == "Unigram":
         special = {token["content"] for token in state["added_tokens"] if token["special"]}
         vocabulary = enumerate(state["model"]["vocab"])
-        state["model"]["vocab"] = [[f"\0 special {i}" if piece in special else piece, score] for i, (piece, score) in vocabulary]
+        state["model"]["vocab"] = [
+            [f"\0 special {i}" if piece in special else piece, score]
+            for i, (piece, score) in vocabulary
+        ]
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
     return encoder_from_state(json.dumps(state))
 
@@ -151,21 +172,27 @@ def _pretrained(name: str) -> PreTrainedTokenizerFast:
         ) from error
 
 
-def _cached_bpe(vocab_size: int, documents: Iterable[str], cache_dir: Path, fingerprint: str) -> PreTrainedTokenizerFast:
+def _cached_bpe(
+    vocab_size: int, documents: Iterable[str], cache_dir: Path, fingerprint: str
+) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     folder = cache_dir / "tokenizers" / f"bpe-{vocab_size}-{fingerprint}"
     if not folder.is_dir():
         pad, eos = BPE_SPECIALS
         core = train_bpe(documents, vocab_size)
-        hf = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token=eos, clean_up_tokenization_spaces=False)
+        hf = PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token=pad, eos_token=eos, clean_up_tokenization_spaces=False
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             hf.save_pretrained(Path(temporary) / "whole")
             try:
                 os.rename(Path(temporary) / "whole", folder)
             except OSError:
-                if not folder.is_dir():  # another process may have been first; its tokenizer is the same
+                if (
+                    not folder.is_dir()
+                ):  # another process may have been first; its tokenizer is the same
                     raise
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -181,11 +208,18 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(BPE_SPECIALS), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(BPE_SPECIALS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     core.train_from_iterator(_sample(documents, BPE_SAMPLE_BYTES), trainer)
     reached = core.get_vocab_size()
     if reached > vocab_size:
-        raise UserError(f"A byte-level BPE has at least {reached} ids, the model's vocab_size is {vocab_size}; give a greater one.")
+        raise UserError(
+            f"A byte-level BPE has at least {reached} ids, the model's vocab_size is {vocab_size}; give a greater one."
+        )
     if reached < vocab_size:
         raise UserError(
             f"The corpus is too small for a BPE of {vocab_size} ids: it gives {reached}; give more text, "

@@ -14,14 +14,18 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from peft_pretraining.errors import UserError
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents, encoder_from_state
+from peft_pretraining.errors import UserError
+
+BATCH_DOCUMENTS, BATCH_CHARACTERS = (
+    1000,
+    1_000_000,
+)  # bounds of a batch: a thousand books at once would not fit in memory
 
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 1_000_000  # bounds of a batch: a thousand books at once would not fit in memory
-
-
-Encoded = Iterator[tuple[np.ndarray, np.ndarray]]  # batches of documents, each as `Tokenizer.encode` gives it
+Encoded = Iterator[
+    tuple[np.ndarray, np.ndarray]
+]  # batches of documents, each as `Tokenizer.encode` gives it
 
 
 @contextlib.contextmanager
@@ -35,18 +39,31 @@ def encoding(tokenizer: Tokenizer, processes: int) -> Iterator[Callable[[Iterabl
     if processes == 1:
         yield lambda documents: map(tokenizer.encode, text_batches(documents))
         return
-    with _encoding_processes(tokenizer, processes) as free, ThreadPoolExecutor(processes) as threads:
-        yield lambda documents: _encoded(text_batches(documents), tokenizer, free, threads, 2 * processes)
+    with (
+        _encoding_processes(tokenizer, processes) as free,
+        ThreadPoolExecutor(processes) as threads,
+    ):
+        yield lambda documents: _encoded(
+            text_batches(documents), tokenizer, free, threads, 2 * processes
+        )
 
 
 def _encoded(
-    batches: Iterator[list[str]], tokenizer: Tokenizer, free: queue.SimpleQueue[Connection], threads: ThreadPoolExecutor, most: int
+    batches: Iterator[list[str]],
+    tokenizer: Tokenizer,
+    free: queue.SimpleQueue[Connection],
+    threads: ThreadPoolExecutor,
+    most: int,
 ) -> Encoded:
-    under_way = collections.deque(threads.submit(_ask, free, texts) for texts in itertools.islice(batches, most))
+    under_way = collections.deque(
+        threads.submit(_ask, free, texts) for texts in itertools.islice(batches, most)
+    )
     try:
         while under_way:
             tokens, lengths = under_way.popleft().result()
-            under_way.extend(threads.submit(_ask, free, texts) for texts in itertools.islice(batches, 1))
+            under_way.extend(
+                threads.submit(_ask, free, texts) for texts in itertools.islice(batches, 1)
+            )
             yield tokenizer.check(tokens), lengths
     finally:
         for future in under_way:
@@ -67,14 +84,22 @@ def text_batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _encoding_processes(tokenizer: Tokenizer, processes: int) -> Iterator[queue.SimpleQueue[Connection]]:
+def _encoding_processes(
+    tokenizer: Tokenizer, processes: int
+) -> Iterator[queue.SimpleQueue[Connection]]:
     """A queue with a connection to each of so many encoding processes. They end with the block, and with this process if it is killed."""
-    context = get_context("spawn")  # a forked process would inherit locked threads of the tokenizer and of Arrow
+    context = get_context(
+        "spawn"
+    )  # a forked process would inherit locked threads of the tokenizer and of Arrow
     free, started = queue.SimpleQueue(), []
     try:
         for _ in range(processes):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, tokenizer.encoder.to_str(), tokenizer.eos_id), daemon=True)
+            process = context.Process(
+                target=_serve,
+                args=(theirs, tokenizer.encoder.to_str(), tokenizer.eos_id),
+                daemon=True,
+            )
             process.start()
             theirs.close()  # so that a dead process is the end of what `ours` gives
             started.append((process, ours))
@@ -102,8 +127,12 @@ def _ask(free: queue.SimpleQueue[Connection], texts: list[str]) -> tuple[np.ndar
 
 
 def _serve(connection: Connection, encoder_state: str, eos_id: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism; threads in each would fight for the cores
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # the processes are the parallelism; threads in each would fight for the cores
+    )
     encoder = encoder_from_state(encoder_state)
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the other side is gone: no more is wanted
+    with contextlib.suppress(
+        EOFError, OSError, KeyboardInterrupt
+    ):  # the other side is gone: no more is wanted
         while True:
             connection.send(encode_documents(encoder, eos_id, connection.recv()))

@@ -10,7 +10,6 @@ import torch
 from peft_pretraining.errors import UserError
 
 
-
 def loaded(loader: torch.utils.data.DataLoader, what: str, flag: str) -> Iterator:
     """The items of a DataLoader. UserError where a worker is killed. what: what workers read; flag: sets their number."""
     with _child_signal_as_it_was():

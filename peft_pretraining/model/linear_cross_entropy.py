@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
+from peft_pretraining.parallel.process_group import DistributedContext
 
-
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of float32 logits whose gradients are made together
+CHUNK_BYTES = {
+    "cpu": 64 << 20,
+    "cuda": 512 << 20,
+}  # of float32 logits whose gradients are made together
 SLICE_BYTES = 2 << 20  # of those whose softmax a CPU makes at a time: what its cache holds
 
 
@@ -42,14 +44,20 @@ class Chunked:
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _ChunkedLoss.apply(hidden, weight, targets, self._space(hidden, weight), torch.is_grad_enabled())
+            return _ChunkedLoss.apply(
+                hidden, weight, targets, self._space(hidden, weight), torch.is_grad_enabled()
+            )
 
     def _space(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Memory for the logits of a chunk: [rows, V]."""
         rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * len(weight)))
         if hidden.device.type != "cpu":
             return hidden.new_empty(min(rows, len(hidden)), len(weight))
-        if self._buffer is None or self._buffer.dtype != hidden.dtype or self._buffer.shape != (rows, len(weight)):
+        if (
+            self._buffer is None
+            or self._buffer.dtype != hidden.dtype
+            or self._buffer.shape != (rows, len(weight))
+        ):
             self._buffer = hidden.new_empty(rows, len(weight))
         return self._buffer
 
@@ -59,7 +67,9 @@ class _ChunkedLoss(torch.autograd.Function):
     gradients of both inputs can be made while the logits are there; the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, space: Tensor, with_gradients: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, space: Tensor, with_gradients: bool
+    ) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
         gradients = _Gradients(hidden, weight) if with_gradients else None
         for start in range(0, len(hidden), len(space)):
@@ -77,7 +87,9 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the chunked loss goes backward once: use --loss plain to do it again")
+            raise RuntimeError(
+                "the chunked loss goes backward once: use --loss plain to do it again"
+            )
         return *gradients.scaled(factor), None, None, None
 
 
@@ -87,8 +99,12 @@ def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     Returns losses and sums, float32 [n, 1]. Divided by the sums the products that are to come are smaller than the logits.
     """
     losses, sums = (logits.new_empty(len(logits), 1, dtype=torch.float32) for _ in range(2))
-    rows = max(1, SLICE_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
-    for whole, labels, loss, total in zip(*(x.split(rows) for x in (logits, targets, losses, sums)), strict=True):
+    rows = (
+        max(1, SLICE_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    )
+    for whole, labels, loss, total in zip(
+        *(x.split(rows) for x in (logits, targets, losses, sums)), strict=True
+    ):
         part = whole.float()  # no copy of float32
         part -= part.amax(1, keepdim=True)
         chosen = part.gather(1, labels)
@@ -120,17 +136,21 @@ class _Gradients:
             self.of_weight += of_logits.T @ hidden
 
     def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        of_weight = torch.zeros_like(self.weight) if self.of_weight is None else self.of_weight.mul_(factor).to(self.weight.dtype)
+        of_weight = (
+            torch.zeros_like(self.weight)
+            if self.of_weight is None
+            else self.of_weight.mul_(factor).to(self.weight.dtype)
+        )
         return self.of_hidden.mul_(factor), of_weight
 
 
-def by_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """torch's own, in chunks, where this torch has it (2.14)."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).float()
 
 
-def by_liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """LinkedIn's Triton kernel (pip install liger-kernel; CUDA only)."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -139,12 +159,12 @@ def by_liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOSSES: dict[str, Callable[[], Loss]] = {
-    "chunked": Chunked, "plain": lambda: plain, "torch": lambda: by_torch, "liger": lambda: by_liger,
+    "chunked": Chunked, "plain": lambda: plain, "torch": lambda: torch_loss, "liger": lambda: liger_loss,
 }  # fmt: skip
 
 
 def choose(
-    name: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype, autocast: contextlib.AbstractContextManager, ranks: Ranks,
+    name: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype, autocast: contextlib.AbstractContextManager, ranks: DistributedContext,
     before: str | None = None,
 ) -> str:  # fmt: skip
     """The loss that `--loss` means, the same on all ranks; `auto` is the one of the run that is continued (`before`), else on a CPU
@@ -160,7 +180,9 @@ def choose(
         return before
     candidates = [name for name in LOSSES if _missing(name, ranks.device) is None]
     on_gpu = ranks.device.type == "cuda" and ranks.is_main
-    return ranks.broadcast(fastest(candidates, tokens, shape, dtype, autocast, ranks.device) if on_gpu else "chunked")
+    return ranks.broadcast(
+        fastest(candidates, tokens, shape, dtype, autocast, ranks.device) if on_gpu else "chunked"
+    )
 
 
 def _missing(name: str, device: torch.device) -> str | None:
@@ -179,15 +201,24 @@ def fastest(
     device: torch.device,
 ) -> str:  # fmt: skip
     """The loss that takes the least time, forward and backward: measured once, on random numbers."""
-    generator = torch.Generator(device).manual_seed(0)  # not the run's own, whose draws a resumed run must repeat
+    generator = torch.Generator(device).manual_seed(
+        0
+    )  # not the run's own, whose draws a resumed run must repeat
     weight, hidden = (
-        torch.randn(n, shape[1], generator=generator, dtype=dtype, device=device).requires_grad_() for n in (shape[0], tokens)
+        torch.randn(n, shape[1], generator=generator, dtype=dtype, device=device).requires_grad_()
+        for n in (shape[0], tokens)
     )
     targets = torch.randint(shape[0], (tokens,), generator=generator, device=device)
     return min(names, key=lambda name: _seconds(LOSSES[name](), hidden, weight, targets, autocast))
 
 
-def _seconds(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor, autocast: contextlib.AbstractContextManager) -> float:
+def _seconds(
+    loss: Loss,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    autocast: contextlib.AbstractContextManager,
+) -> float:
     """Of the second of two calls: the first one compiles kernels. Infinite where memory does not suffice."""
     try:
         for _ in range(2):

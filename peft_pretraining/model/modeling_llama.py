@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
+from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.linear_cross_entropy import LOSSES
-from peft_pretraining.data.sequences import IGNORED
-
 
 
 def load_config(path: str | Path) -> LlamaConfig:
@@ -32,11 +31,24 @@ def load_config(path: str | Path) -> LlamaConfig:
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"--model_config {path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or values.get("model_type") != "llama":
-        raise UserError(f'--model_config {path} is no LLaMA config: it must hold "model_type": "llama" (see configs/llama_60m.json)')
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
+        raise UserError(
+            f'--model_config {path} is no LLaMA config: it must hold "model_type": "llama" (see configs/llama_60m.json)'
+        )
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+    ):
         if not isinstance(values.get(key), int) or isinstance(values[key], bool) or values[key] < 1:
-            raise UserError(f"--model_config {path}: {key} must be a whole number above 0, not {values.get(key)!r}")
-    heads, kv_heads = values["num_attention_heads"], values.get("num_key_value_heads") or values["num_attention_heads"]
+            raise UserError(
+                f"--model_config {path}: {key} must be a whole number above 0, not {values.get(key)!r}"
+            )
+    heads, kv_heads = (
+        values["num_attention_heads"],
+        values.get("num_key_value_heads") or values["num_attention_heads"],
+    )
     if values["hidden_size"] % heads or (values["hidden_size"] // heads) % 2 or heads % kv_heads:
         raise UserError(
             f"--model_config {path}: hidden_size {values['hidden_size']} must be an even multiple of num_attention_heads {heads}, "
@@ -56,16 +68,23 @@ def check_supported(config: LlamaConfig) -> None:
         (config.attention_bias or config.mlp_bias, "attention_bias or mlp_bias"),
         (bool(config.attention_dropout), "attention_dropout"),
         (rope.get("rope_type", "default") != "default", f"rope_type {rope.get('rope_type')!r}"),
-        (config.head_dim * config.num_attention_heads != config.hidden_size, "a head_dim other than hidden_size / heads"),
+        (
+            config.head_dim * config.num_attention_heads != config.hidden_size,
+            "a head_dim other than hidden_size / heads",
+        ),
     ]
     for unsupported, what in reasons:
         if unsupported:
-            raise UserError(f"the model config asks for {what}, which the built-in LLaMA leaves out: add --use_hf_model")
+            raise UserError(
+                f"the model config asks for {what}, which the built-in LLaMA leaves out: add --use_hf_model"
+            )
 
 
 def _rope_parameters(config: LlamaConfig) -> dict:
     # transformers 5 keeps one dictionary; 4 a number and a dictionary for scaled variants.
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parameters = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
     return {"rope_theta": getattr(config, "rope_theta", 10000.0), **parameters}
 
 
@@ -84,11 +103,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
         q, k, v = (
-            projection(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
+            projection(x)
+            .view(batch, seq, -1, self.head_dim)
+            .transpose(1, 2)  # [batch, heads, seq, head_dim]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
         return self.o_proj(attended.transpose(1, 2).reshape(batch, seq, -1))
 
 
@@ -133,8 +156,14 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
-        rotation = rotation_of_positions(input_ids.shape[1], self.head_dim, self.rope_theta, x.device, x.dtype)
-        mask = None if self.end_of_document is None else within_documents(input_ids, self.end_of_document)
+        rotation = rotation_of_positions(
+            input_ids.shape[1], self.head_dim, self.rope_theta, x.device, x.dtype
+        )
+        mask = (
+            None
+            if self.end_of_document is None
+            else within_documents(input_ids, self.end_of_document)
+        )
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, rotation, mask, use_reentrant=False)
@@ -160,7 +189,11 @@ class Trainable:
             rows: `target_rows(labels)`, where the caller knows them. Found here otherwise, and a GPU waited for.
         """
         rows = target_rows(labels) if rows is None else rows
-        return self.loss(hidden.flatten(0, 1).index_select(0, rows), self.lm_head.weight, labels.flatten().index_select(0, rows + 1))
+        return self.loss(
+            hidden.flatten(0, 1).index_select(0, rows),
+            self.lm_head.weight,
+            labels.flatten().index_select(0, rows + 1),
+        )
 
     def compile_blocks(self) -> None:
         """Compile the blocks with torch.compile: one graph, which all of them share, for static shapes.
@@ -201,7 +234,9 @@ class LlamaForCausalLM(Trainable, nn.Module):
         """
         self.model.end_of_document = end_of_document
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Logits [batch, seq, vocab], or with labels [batch, seq] the summed loss, see `summed_loss`."""
         hidden = self.model(input_ids)
         return self.lm_head(hidden) if labels is None else self.summed_loss(hidden, labels, rows)
@@ -209,7 +244,7 @@ class LlamaForCausalLM(Trainable, nn.Module):
 
 def target_rows(labels: Tensor) -> Tensor:
     """Where a token has a target after it: indices of the flattened labels [batch, seq], int64 [n]."""
-    return F.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().squeeze(1)
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
 
 
 def within_documents(input_ids: Tensor, end: int) -> Tensor:
@@ -221,10 +256,18 @@ def within_documents(input_ids: Tensor, end: int) -> Tensor:
     return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
-def rotation_of_positions(seq: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation_of_positions(
+    seq: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine [seq, head_dim] of the rotary angles (Su et al., arXiv 2104.09864), made in float32."""
-    frequencies = torch.exp(-math.log(theta) / head_dim * torch.arange(0, head_dim, 2, device=device, dtype=torch.float32))
-    angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), frequencies).repeat(1, 2)
+    frequencies = torch.exp(
+        -math.log(theta)
+        / head_dim
+        * torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    )
+    angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), frequencies).repeat(
+        1, 2
+    )
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -241,9 +284,13 @@ def build_model(config: LlamaConfig, use_hf_model: bool = False) -> nn.Module:
     from transformers import LlamaForCausalLM as TransformersLlama
 
     class TransformersLlamaWithLoss(Trainable, TransformersLlama):
-        def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        def forward(
+            self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None
+        ) -> Tensor:
             hidden = self.model(input_ids, use_cache=False).last_hidden_state
-            return self.lm_head(hidden) if labels is None else self.summed_loss(hidden, labels, rows)
+            return (
+                self.lm_head(hidden) if labels is None else self.summed_loss(hidden, labels, rows)
+            )
 
     model = TransformersLlamaWithLoss(config)
     model.set_loss("chunked")

@@ -8,11 +8,16 @@ from torch.optim import Optimizer
 
 from peft_pretraining.errors import UserError
 
-
 OPTIMIZERS = ("adam", "adamw", "muon")
 
 
-def build_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Optimizer:
+def build_optimizer(
+    name: str,
+    groups: list[dict],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Optimizer:
     """Adam (coupled L2), AdamW (decoupled decay) or Muon over parameter groups that carry their own weight_decay.
 
     Fused: one kernel for many parameters, and it computes in float32, so that bfloat16 parameters do not lose the
@@ -21,7 +26,9 @@ def build_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float
     """
     if name == "muon":
         return MuonWithAdamW(groups, lr, betas, eps)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](
+        groups, lr=lr, betas=betas, eps=eps, fused=True
+    )
 
 
 @contextlib.contextmanager
@@ -48,13 +55,19 @@ class MuonWithAdamW(Optimizer):
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float):
         if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"torch {torch.__version__} has no Muon: install torch 2.9 or later, or use --optimizer adamw")
+            raise UserError(
+                f"torch {torch.__version__} has no Muon: install torch 2.9 or later, or use --optimizer adamw"
+            )
         if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
-            raise UserError("Muon's decays are rounded away in bfloat16 weights: use --dtype bf16_mixed or float32")
+            raise UserError(
+                "Muon's decays are rounded away in bfloat16 weights: use --dtype bf16_mixed or float32"
+            )
         matrices, others = [], []
         for group in groups:
             for kind, home in ((True, matrices), (False, others)):
-                parameters = [p for p in group["params"] if (group["hidden"] and p.ndim == 2) == kind]
+                parameters = [
+                    p for p in group["params"] if (group["hidden"] and p.ndim == 2) == kind
+                ]
                 if parameters:
                     home.append(group | {"params": parameters})
         self.muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")

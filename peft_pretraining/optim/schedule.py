@@ -2,11 +2,12 @@
 
 import math
 
-
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 
 
-def lr_factor(update: int, scheduler: str, total: int, warmup: int, min_ratio: float, cycle: int | None = None) -> float:
+def lr_factor(
+    update: int, scheduler: str, total: int, warmup: int, min_ratio: float, cycle: int | None = None
+) -> float:
     """Learning rate of an update over the peak.
 
     Args:

@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from peft_pretraining.parallel.process_group import Ranks
+from peft_pretraining.parallel.process_group import DistributedContext
 
 
-
-def shard_model(model: nn.Module, ranks: Ranks, dtype: str, shard_size: int | None = None) -> nn.Module:
+def shard_model(
+    model: nn.Module, ranks: DistributedContext, dtype: str, shard_size: int | None = None
+) -> nn.Module:
     """Cut a LLaMA's parameters by rows over the ranks, in place, before an optimizer or anything else holds them.
 
     Args:
@@ -30,9 +31,17 @@ def shard_model(model: nn.Module, ranks: Ranks, dtype: str, shard_size: int | No
     Gradients are summed over all ranks: the loss is a share of the mean over the global batch already.
     """
     size = shard_size or ranks.world_size
-    shape, names = ((size,), ("shard",)) if size == ranks.world_size else ((ranks.world_size // size, size), ("replicate", "shard"))
+    shape, names = (
+        ((size,), ("shard",))
+        if size == ranks.world_size
+        else ((ranks.world_size // size, size), ("replicate", "shard"))
+    )
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if dtype == "bf16_mixed" else {}
+    mixed = (
+        {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        if dtype == "bf16_mixed"
+        else {}
+    )
     # What is in no block goes with the root: the loss reads the head's weight inside the model's own forward pass.
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**mixed))
@@ -41,7 +50,7 @@ def shard_model(model: nn.Module, ranks: Ranks, dtype: str, shard_size: int | No
     return model
 
 
-def watch_gradients(model: FSDPModule, look: Callable[[Tensor], None]) -> None:
+def install_gradient_check(model: FSDPModule, look: Callable[[Tensor], None]) -> None:
     """Have `look` see a number for each part of this rank's own gradients before they are mixed with the others', not finite where one
     of them is not."""
     for part in model.modules():
@@ -55,14 +64,22 @@ class _WatchedReduceScatter:
     def __init__(self, look: Callable[[Tensor], None]):
         self._look = look
         # torch 2.14 has another name for it, and warns of the old one.
-        self._reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        self._reduce_scatter = (
+            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        )
 
-    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(
+        self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op: bool = False):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op: bool = False
+    ):
         self._look(torch.dot(input_tensor, input_tensor))
-        return self._reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return self._reduce_scatter(
+            output_tensor, input_tensor, op=op, group=group, async_op=async_op
+        )
 
 
 def exchange_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
@@ -78,12 +95,12 @@ def exchange_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContex
     return contextlib.nullcontext()
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor whole on every rank, which all call it together; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(whole: Tensor, like: Tensor | None) -> Tensor:
+def local_shard_like(whole: Tensor, like: Tensor | None) -> Tensor:
     """This rank's part of a tensor that every rank has whole, cut as `like` is; all of it where that is not sharded."""
     if not isinstance(like, DTensor):
         return whole

@@ -3,23 +3,18 @@
 import contextlib
 import os
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from peft_pretraining.errors import UserError
-
-
-PATIENCE = timedelta(hours=2)  # ranks wait so long while rank 0 tokenises a corpus
+from peft_pretraining.parallel.rendezvous import INIT_TIMEOUT, new_store_namespace
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """This process among those of the run. Without torchrun: rank 0 of 1, and no process group."""
 
     rank: int
@@ -80,74 +75,51 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fresh_part(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of the store that no earlier life of the run has written to; all ranks call it and get the same.
-
-    Processes that torchrun starts again find the store of those that died, and would connect to their addresses. The restart count does
-    not tell the lives apart: of several nodes only those count where a process died. So rank 0 makes up a name, and tells it each rank that
-    asks under a name of its own, which nobody dead can have had. Raises TimeoutError where a rank does not come.
-    """
-    me = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"asks {rank}", me)
-        life = store.get(f"answer to {me}").decode()  # waits for it
-        store.set(f"{life} reached {rank}", "")
-        return dist.PrefixStore(life, store)
-    deadline = time.monotonic() + PATIENCE.total_seconds()
-    missing = list(range(1, world_size))
-    while missing:
-        for other in missing:
-            if store.check([f"asks {other}"]):  # it may still be the question of the dead: so ask again until the living one is reached
-                store.set(f"answer to {store.get(f'asks {other}').decode()}", me)
-        missing = [other for other in missing if not store.check([f"{me} reached {other}"])]
-        if missing and time.monotonic() > deadline:
-            raise TimeoutError(f"rank {missing[0]} did not come within {PATIENCE}")
-        time.sleep(0.01)
-    return dist.PrefixStore(me, store)
-
-
 @contextlib.contextmanager
-def process_group(single_cuda: bool = False, kind: str | None = None) -> Iterator[Ranks]:
+def process_group(
+    single_cuda: bool = False, kind: str | None = None
+) -> Iterator[DistributedContext]:
     """Join the other processes of torchrun, if any: gloo for what is on the CPU, nccl for what is on GPUs.
 
     single_cuda: one process on one GPU; a second process or no GPU is an error. kind: `cpu` or `cuda` (default: where there is one).
     """
     world_size, local_rank = world_size_of_environment(), int(os.environ.get("LOCAL_RANK", 0))
     if single_cuda and (world_size > 1 or not torch.cuda.is_available()):
-        why = f"torchrun started {world_size} processes" if world_size > 1 else "there is no CUDA device here"
-        raise UserError(f"--single_cuda means one process on one GPU, but {why}: leave the flag out")
+        why = (
+            f"torchrun started {world_size} processes"
+            if world_size > 1
+            else "there is no CUDA device here"
+        )
+        raise UserError(
+            f"--single_cuda means one process on one GPU, but {why}: leave the flag out"
+        )
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but there is no CUDA device here: leave the flag out")
     device = torch.device("cpu")
     if kind != "cpu" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this node has no GPU: give torchrun --nproc_per_node={torch.cuda.device_count()}")
+            raise UserError(
+                f"process {local_rank} of this node has no GPU: give torchrun --nproc_per_node={torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
         cuda = device.type == "cuda"
-        store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-        store = fresh_part(store, rank, world_size)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=INIT_TIMEOUT))
+        store = new_store_namespace(store, rank, world_size)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE, device_id=device if cuda else None
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=INIT_TIMEOUT,
+            device_id=device if cuda else None,
         )
     try:
-        yield Ranks(int(os.environ.get("RANK", 0)), local_rank, world_size, device)
+        yield DistributedContext(int(os.environ.get("RANK", 0)), local_rank, world_size, device)
     finally:
-        if world_size > 1 and sys.exc_info()[0] is None:  # after an error the others may never come to a farewell
+        if (
+            world_size > 1 and sys.exc_info()[0] is None
+        ):  # after an error the others may never come to a farewell
             dist.destroy_process_group()
-
-
-def run_script(main: Callable[[], None]) -> int:
-    """Run a script's main; what the user can put right ends it with one sentence and exit code 2, not with a traceback."""
-    try:
-        main()
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
-            # Rank 0 speaks for all: torchrun ends this process as soon as rank 0 has. What only this rank met, it says itself.
-            time.sleep(5)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0

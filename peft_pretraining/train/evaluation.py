@@ -8,15 +8,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from peft_pretraining.parallel.process_group import Ranks
+from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.parallel.fsdp import FSDPModule
-from peft_pretraining.data.sequences import IGNORED
-
+from peft_pretraining.parallel.process_group import DistributedContext
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], ranks: Ranks, autocast: contextlib.AbstractContextManager
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    ranks: DistributedContext,
+    autocast: contextlib.AbstractContextManager,
 ) -> dict[str, float]:
     """Loss over every non-pad target token of the batches of all ranks.
 
@@ -37,7 +39,7 @@ def evaluate(
         input_ids, labels = batch["input_ids"].to(ranks.device), batch["labels"].to(ranks.device)
         with autocast:
             loss = model(input_ids, labels).double()
-        targets = (labels[:, 1:] != IGNORED).sum()
+        targets = (labels[:, 1:] != IGNORE_INDEX).sum()
         total += torch.stack([loss, targets.double()])
         means += loss / targets.clamp_min(1)
         n_batches += targets > 0

@@ -9,15 +9,18 @@ import torch.nn as nn
 from loguru import logger
 from torch.optim import Optimizer
 
-from peft_pretraining.checkpoint.load import TRAINER, checkpoints_of, find_checkpoint, load_checkpoint, set_aside_newer, step_of
-from peft_pretraining.parallel.process_group import Ranks
+from peft_pretraining.checkpoint.find import archive_newer_checkpoints, find_checkpoint
+from peft_pretraining.checkpoint.format import TRAINER, checkpoints_of, step_of
+from peft_pretraining.checkpoint.load import load_checkpoint
 from peft_pretraining.errors import UserError
+from peft_pretraining.parallel.process_group import DistributedContext
+from peft_pretraining.records.run_dir import check_no_existing_run, copy_records_up_to
 from peft_pretraining.train.signals import was_restarted
-from peft_pretraining.records.run_log import carry_records, refuse_to_mix
 
 
-
-def starting_point(place: str | None, run_folder: Path, ranks: Ranks) -> tuple[str | None, Path | None]:
+def resolve_checkpoint(
+    place: str | None, run_folder: Path, ranks: DistributedContext
+) -> tuple[str | None, Path | None]:
     """What to continue from, and the checkpoint that this means; None: the start.
 
     place: see `find_checkpoint`. A run that torchrun starts again after a failure goes on from its own checkpoints whatever it was.
@@ -33,7 +36,7 @@ def starting_point(place: str | None, run_folder: Path, ranks: Ranks) -> tuple[s
         begun_again = bool(place) and not checkpoints_of(run_folder)
         own = place == "auto" or checkpoint and checkpoint.parents[1] == run_folder.resolve()
         if not (own or begun_again):
-            refuse_to_mix(run_folder)
+            check_no_existing_run(run_folder)
         if place == "auto" and not checkpoint:
             logger.info(f"no checkpoint in {run_folder} yet: training from the start")
     return place, checkpoint
@@ -47,7 +50,7 @@ def resume(
     optimizer: Optimizer,
     decay,
     data_fingerprint: str,
-    ranks: Ranks,
+    ranks: DistributedContext,
     config: dict | None = None,
     extra: dict[str, nn.Module] | None = None,
 ) -> dict:
@@ -58,7 +61,9 @@ def resume(
             f"{checkpoint} was trained on other data: give the flags of group 'model and data' (see --help) it was trained with"
         )
     if (decay is None) != (trainer["decay"] is None):
-        raise UserError(f"{checkpoint} was trained with another kind of weight decay: give the decay flags it was trained with")
+        raise UserError(
+            f"{checkpoint} was trained with another kind of weight decay: give the decay flags it was trained with"
+        )
     if decay:
         try:
             decay.load_state_dict(trainer["decay"])
@@ -67,9 +72,13 @@ def resume(
         decay.history.clear()  # the decays of construction are of weights that were just replaced
     for name, value in trainer["arguments"].items():
         if getattr(args, name, value) != value:
-            logger.warning(f"--{name} is {getattr(args, name)}, was {value} in the checkpoint: the run will not be the one it continues")
+            logger.warning(
+                f"--{name} is {getattr(args, name)}, was {value} in the checkpoint: the run will not be the one it continues"
+            )
     if trainer["progress"]["update_step"] >= total_updates:
-        raise UserError(f"{checkpoint} has made all {total_updates} updates already: give more --num_training_steps or --epochs")
+        raise UserError(
+            f"{checkpoint} has made all {total_updates} updates already: give more --num_training_steps or --epochs"
+        )
     logger.info(f"continue from {checkpoint}")
     return trainer["progress"]
 
@@ -79,12 +88,16 @@ def saved_argument(checkpoint: Path, name: str):
     return json.loads((checkpoint / TRAINER).read_text(encoding="utf8"))["arguments"].get(name)
 
 
-def begin_records(checkpoint: Path | None, run_folder: Path) -> None:
+def truncate_records_after(checkpoint: Path | None, run_folder: Path) -> None:
     """Leave of the run folder what lies before the checkpoint; rank 0 calls it.
 
     A run that went on past its checkpoint, or never had one, has records and checkpoints that will be made again.
     """
     done = step_of(checkpoint) if checkpoint else 0
-    carry_records(checkpoint.parents[1] if checkpoint else run_folder, run_folder, done if checkpoint else -1)
-    for newer in set_aside_newer(run_folder, done):
-        logger.warning(f"{newer} is of the history that ends here: renamed to {newer.name}.abandoned")
+    copy_records_up_to(
+        checkpoint.parents[1] if checkpoint else run_folder, run_folder, done if checkpoint else -1
+    )
+    for newer in archive_newer_checkpoints(run_folder, done):
+        logger.warning(
+            f"{newer} is of the history that ends here: renamed to {newer.name}.abandoned"
+        )

@@ -4,9 +4,11 @@ import os
 import signal
 import time
 
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption and time limits: Slurm, Kubernetes, torchrun
-ECHO = 1.0  # seconds: a whole process group is signalled, and torchrun then passes on to its workers what they have had already
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # preemption and time limits: Slurm, Kubernetes, torchrun
+DUPLICATE_SIGNAL_SECONDS = 1.0  # seconds: a whole process group is signalled, and torchrun then passes on to its workers what they have had already
 
 
 class StopRequest:
@@ -21,7 +23,7 @@ class StopRequest:
     def _receive(self, number: int, frame) -> None:
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._first > ECHO:
+        elif time.monotonic() - self._first > DUPLICATE_SIGNAL_SECONDS:
             os._exit(128 + number)  # not sys.exit, which would wait for threads
 
 

@@ -51,7 +51,10 @@ class FolderImages:
 
     def signature(self) -> list:
         """What identifies the images, on any machine."""
-        return [self.classes, hashlib.blake2b(b"\0".join(self.files.tolist()), digest_size=12).hexdigest()]
+        return [
+            self.classes,
+            hashlib.blake2b(b"\0".join(self.files.tolist()), digest_size=12).hexdigest(),
+        ]
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,23 @@ def load_images(
     if data_set == "digits":
         train, validation = _digits()
     elif data_path is None:
-        raise UserError(f"--data_set {data_set} needs --data_path FOLDER; --data_set digits needs no data")
+        raise UserError(
+            f"--data_set {data_set} needs --data_path FOLDER; --data_set digits needs no data"
+        )
     elif data_set == "CIFAR":
         with first():
-            train, validation = (_cifar(Path(data_path), n_classes, is_train) for is_train in (True, False))
+            train, validation = (
+                _cifar(Path(data_path), n_classes, is_train) for is_train in (True, False)
+            )
     else:
-        train, validation = (read_class_folders(folder) for folder in _split_folders(data_set, data_path, eval_data_path))
+        train, validation = (
+            read_class_folders(folder)
+            for folder in _split_folders(data_set, data_path, eval_data_path)
+        )
     _check_classes(train, validation, data_path, n_classes)
-    fingerprint = hashlib.blake2b(json.dumps([train.signature(), validation.signature()]).encode(), digest_size=12).hexdigest()
+    fingerprint = hashlib.blake2b(
+        json.dumps([train.signature(), validation.signature()]).encode(), digest_size=12
+    ).hexdigest()
     origin = data_set if data_path is None else data_path
     description = f"{origin}, {len(train):,} images of {len(train.classes):,} classes; validation: {len(validation):,} images"
     return ImageData(train, validation, data_set != "digits", fingerprint, description)
@@ -129,7 +141,9 @@ def read_class_folders(folder: Path) -> FolderImages:
     """The images in the folders of `folder`: each is a class, in alphabetical order. UserError where there is none, or an empty one."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
-        raise UserError(f"{folder} holds no class folders: it must hold a folder of images for each class")
+        raise UserError(
+            f"{folder} holds no class folders: it must hold a folder of images for each class"
+        )
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(
@@ -139,7 +153,9 @@ def read_class_folders(folder: Path) -> FolderImages:
             if file.lower().endswith(EXTENSIONS)
         )
         if not found:
-            raise UserError(f"the class folder {folder / name} holds no image ({', '.join(EXTENSIONS[:3])} ...): fill it or delete it")
+            raise UserError(
+                f"the class folder {folder / name} holds no image ({', '.join(EXTENSIONS[:3])} ...): fill it or delete it"
+            )
         files += map(os.fsencode, found)
         labels += [label] * len(found)
     return FolderImages(folder, tuple(classes), np.array(files), np.array(labels, np.int64))
@@ -151,7 +167,9 @@ def _split_folders(data_set: str, data_path: str, eval_data_path: str | None) ->
         layout = "IMNET has class folders in --data_path FOLDER/train and FOLDER/val; --eval_data_path names another val"
     else:
         if eval_data_path is None:
-            raise UserError("--data_set image_folder needs --eval_data_path FOLDER, the class folders to validate on")
+            raise UserError(
+                "--data_set image_folder needs --eval_data_path FOLDER, the class folders to validate on"
+            )
         folders = Path(data_path), Path(eval_data_path)
         layout = "image_folder has class folders in --data_path and in --eval_data_path"
     for folder in folders:
@@ -171,7 +189,9 @@ def _digits() -> tuple[ArrayImages, ArrayImages]:
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(pixels))
     classes = tuple(str(digit) for digit in digits.target_names)
     parts = order[DIGITS_HELD_OUT:], order[:DIGITS_HELD_OUT]
-    train, validation = (ArrayImages(classes, pixels[part], digits.target[part].astype(np.int64)) for part in parts)
+    train, validation = (
+        ArrayImages(classes, pixels[part], digits.target[part].astype(np.int64)) for part in parts
+    )
     return train, validation
 
 
@@ -180,7 +200,9 @@ def _cifar(folder: Path, n_classes: int, train: bool) -> ArrayImages:
 
     kinds = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}
     if n_classes not in kinds:
-        raise UserError(f"--data_set CIFAR has 10 or 100 classes, not {n_classes}: give --nb_classes 10 or --nb_classes 100")
+        raise UserError(
+            f"--data_set CIFAR has 10 or 100 classes, not {n_classes}: give --nb_classes 10 or --nb_classes 100"
+        )
     try:
         found = kinds[n_classes](str(folder), train=train, download=True)
     except (OSError, RuntimeError) as error:
@@ -192,7 +214,10 @@ def _cifar(folder: Path, n_classes: int, train: bool) -> ArrayImages:
 
 
 def _check_classes(
-    train: FolderImages | ArrayImages, validation: FolderImages | ArrayImages, data_path: str | None, n_classes: int
+    train: FolderImages | ArrayImages,
+    validation: FolderImages | ArrayImages,
+    data_path: str | None,
+    n_classes: int,
 ) -> None:
     odd = sorted(set(train.classes) ^ set(validation.classes))
     if odd:
@@ -203,4 +228,6 @@ def _check_classes(
         )
     if len(train.classes) != n_classes:
         found = len(train.classes)
-        raise UserError(f"--nb_classes {n_classes}, but {data_path or 'the data'} has {found} classes: give --nb_classes {found}")
+        raise UserError(
+            f"--nb_classes {n_classes}, but {data_path or 'the data'} has {found} classes: give --nb_classes {found}"
+        )

@@ -7,14 +7,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from peft_pretraining.parallel.process_group import Ranks
 from peft_pretraining.errors import UserError
+from peft_pretraining.parallel.process_group import DistributedContext
 from peft_pretraining.vision.loader import Batch
 
 
-
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, autocast: contextlib.AbstractContextManager) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    ranks: DistributedContext,
+    autocast: contextlib.AbstractContextManager,
+) -> dict[str, float]:
     """Loss and accuracy over every image of the batches of all ranks.
 
     Args:
@@ -33,14 +37,18 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, autocast:
     model.eval()
     try:
         for batch in batches:
-            images, labels = (batch[key].to(device, non_blocking=True) for key in ("images", "labels"))
+            images, labels = (
+                batch[key].to(device, non_blocking=True) for key in ("images", "labels")
+            )
             if not len(labels):
                 continue  # all of its images were bad
             with autocast:
                 logits = model(images).float()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)]).double()
+            totals += torch.stack(
+                [loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)]
+            ).double()
     except UserError as error:
         problem = str(error)
     model.train(trains)
@@ -48,4 +56,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, autocast:
     loss, first, among_five, images = ranks.sum(totals.to(ranks.device)).tolist()
     if not images:
         raise UserError("no validation image can be read")
-    return {"eval_loss": loss / images, "top1": 100 * first / images, "top5": 100 * among_five / images, "eval_images": int(images)}
+    return {
+        "eval_loss": loss / images,
+        "top1": 100 * first / images,
+        "top5": 100 * among_five / images,
+        "eval_images": int(images),
+    }

@@ -18,23 +18,29 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
-from alphadecay.spectral.engine import BATCH_BYTES  # noqa: E402
-from alphadecay.modules import BalancedModule, balanced_modules  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
 from alphadecay.distributed import assign_owners  # noqa: E402
+from alphadecay.modules import BalancedModule, balanced_modules  # noqa: E402
+from alphadecay.spectral.engine import BATCH_BYTES  # noqa: E402
 from alphadecay.spectral.statistics import COLUMNS  # noqa: E402
-from peft_pretraining.cli.llama import DTYPES, Parser, check_numbers  # noqa: E402
-from peft_pretraining.parallel.process_group import run_script  # noqa: E402
+from peft_pretraining.cli.common import DTYPES, Parser, check_numbers  # noqa: E402
+from peft_pretraining.cli.main import run_script  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
 from peft_pretraining.model.linear_cross_entropy import CHUNK_BYTES  # noqa: E402
 from peft_pretraining.model.modeling_llama import build_model, load_config  # noqa: E402
-from peft_pretraining.train.throughput import PEAK_FLOPS, llama_flops  # noqa: E402
+from peft_pretraining.train.flops import PEAK_FLOPS, llama_flops  # noqa: E402
 
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-CONFIGS = tuple(f"configs/llama_{size}.json" for size in ("60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b"))
-PARALLELS = ("ddp", "fsdp", "hsdp")  # hsdp: --parallel fsdp that shards within a node and copies between nodes
+CONFIGS = tuple(
+    f"configs/llama_{size}.json"
+    for size in ("60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b")
+)
+PARALLELS = (
+    "ddp",
+    "fsdp",
+    "hsdp",
+)  # hsdp: --parallel fsdp that shards within a node and copies between nodes
 
 # ------------------------------------------------------------------------------------------------------------------- GPUs
 
@@ -69,18 +75,48 @@ class Assumption(NamedTuple):
 
 
 MFU = Assumption(0.40, "share of the peak that the arithmetic of a step reaches", "assumed; --mfu")
-USABLE = Assumption(75 / 80, "share of the memory that is left beside CUDA, NCCL and fragmentation", "assumed")
-BLOCK_SECONDS = Assumption(200e-6, "seconds that a block takes at least, forward and backward: 40 kernels launched in 5 us each", "assumed")
+USABLE = Assumption(
+    75 / 80, "share of the memory that is left beside CUDA, NCCL and fragmentation", "assumed"
+)
+BLOCK_SECONDS = Assumption(
+    200e-6,
+    "seconds that a block takes at least, forward and backward: 40 kernels launched in 5 us each",
+    "assumed",
+)
 GPUS_A_NODE = Assumption(8, "GPUs in a node", "DGX, HGX")
-EFFICIENCY = Assumption(0.8, "share of a link's data-sheet rate that a collective reaches", "assumed")
+EFFICIENCY = Assumption(
+    0.8, "share of a link's data-sheet rate that a collective reaches", "assumed"
+)
 HOP_SECONDS = Assumption(5e-6, "seconds from one GPU to the next in a collective", "assumed")
-BUCKET_BYTES = Assumption(25 * 2**20, "bytes of gradients that go in one all-reduce of ddp", "torch's default bucket_cap_mb")
-OVERLAP = Assumption(0.8, "share of the arithmetic beside which communication can run that hides it", "assumed")
-FSDP_BLOCKS = Assumption(2, "blocks that are whole at a time under fsdp, beside embedding, head and last norm", "torch prefetches one")
-SOLVER_COLUMN = Assumption(20e-6, "seconds that a GPU's eigenvalue solver takes for each column at least", "assumed: not measured yet")
-SOLVER_TFLOPS = Assumption(0.3, "TFLOP/s of the solver in large matrices, 4/3 n^3 operations", "assumed; Golub & Van Loan, 8.3")
-GRAM_SHARE = Assumption(0.5, "share of the float32 peak that Gram products reach, 2 m n^2 operations", "assumed")
-ASSUMPTIONS = {name: value for name, value in list(globals().items()) if isinstance(value, Assumption)}
+BUCKET_BYTES = Assumption(
+    25 * 2**20,
+    "bytes of gradients that go in one all-reduce of ddp",
+    "torch's default bucket_cap_mb",
+)
+OVERLAP = Assumption(
+    0.8, "share of the arithmetic beside which communication can run that hides it", "assumed"
+)
+FSDP_BLOCKS = Assumption(
+    2,
+    "blocks that are whole at a time under fsdp, beside embedding, head and last norm",
+    "torch prefetches one",
+)
+SOLVER_COLUMN = Assumption(
+    20e-6,
+    "seconds that a GPU's eigenvalue solver takes for each column at least",
+    "assumed: not measured yet",
+)
+SOLVER_TFLOPS = Assumption(
+    0.3,
+    "TFLOP/s of the solver in large matrices, 4/3 n^3 operations",
+    "assumed; Golub & Van Loan, 8.3",
+)
+GRAM_SHARE = Assumption(
+    0.5, "share of the float32 peak that Gram products reach, 2 m n^2 operations", "assumed"
+)
+ASSUMPTIONS = {
+    name: value for name, value in list(globals().items()) if isinstance(value, Assumption)
+}
 
 FORMULAS = """\
 memory: weights, gradients (ddp: twice, in its buckets too) and two Adam moments in the parameters' type; bf16_mixed under ddp keeps
@@ -132,7 +168,14 @@ def read_model(path: str) -> Model:
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     name = Path(path).stem.removeprefix("llama_")
-    return Model(name, config, sum(p.numel() for p in model.parameters()), matrices, block, balanced_modules(model))
+    return Model(
+        name,
+        config,
+        sum(p.numel() for p in model.parameters()),
+        matrices,
+        block,
+        balanced_modules(model),
+    )
 
 
 def parameter_bytes(dtype: str) -> int:
@@ -159,10 +202,17 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.weights + self.gradients + self.moments + max(self.activations + self.logits, self.analysis)
+        return (
+            self.weights
+            + self.gradients
+            + self.moments
+            + max(self.activations + self.logits, self.analysis)
+        )
 
 
-def memory_of(model: Model, parallel: str, gpus: int, micro_batch: int, length: int, dtype: str) -> Memory:
+def memory_of(
+    model: Model, parallel: str, gpus: int, micro_batch: int, length: int, dtype: str
+) -> Memory:
     """See FORMULAS. micro_batch: rows of `length` tokens."""
     stored, compute, n = parameter_bytes(dtype), compute_bytes(dtype), model.parameters
     tokens = micro_batch * length
@@ -174,9 +224,23 @@ def memory_of(model: Model, parallel: str, gpus: int, micro_batch: int, length: 
         shards = shard_size(parallel, gpus)
         whole = model.root + min(FSDP_BLOCKS.value, model.config.num_hidden_layers) * model.block
         sharded = n * stored / shards
-        return Memory(sharded + whole * compute, sharded + whole * compute, 2 * sharded, activations, logits, analysis)
+        return Memory(
+            sharded + whole * compute,
+            sharded + whole * compute,
+            2 * sharded,
+            activations,
+            logits,
+            analysis,
+        )
     copies = model.matrices * compute if dtype == "bf16_mixed" else 0
-    return Memory(n * stored + copies, n * stored * (2 if gpus > 1 else 1), 2 * n * stored, activations, logits, analysis)
+    return Memory(
+        n * stored + copies,
+        n * stored * (2 if gpus > 1 else 1),
+        2 * n * stored,
+        activations,
+        logits,
+        analysis,
+    )
 
 
 def shard_size(parallel: str, gpus: int) -> int:
@@ -219,13 +283,21 @@ class Cluster:
     def ring(self) -> float:
         """Bytes a second and GPU of a ring through all of them."""
         one_node = self.gpus <= GPUS_A_NODE.value
-        return EFFICIENCY.value * 1e9 * (self.gpu.link if one_node else min(self.gpu.link, self.network))
+        return (
+            EFFICIENCY.value
+            * 1e9
+            * (self.gpu.link if one_node else min(self.gpu.link, self.network))
+        )
 
     @property
     def single(self) -> float:
         """Bytes a second into one GPU from all others."""
         one_node = self.gpus <= GPUS_A_NODE.value
-        return EFFICIENCY.value * 1e9 * (self.gpu.link if one_node else min(self.gpu.link, self.network / GPUS_A_NODE.value))
+        return (
+            EFFICIENCY.value
+            * 1e9
+            * (self.gpu.link if one_node else min(self.gpu.link, self.network / GPUS_A_NODE.value))
+        )
 
     @property
     def others(self) -> float:
@@ -234,10 +306,14 @@ class Cluster:
     def all_reduce(self, bytes_: float, count: int = 1) -> tuple[float, float]:
         """Bytes that each GPU sends, and seconds, for `count` all-reduces of so many bytes together."""
         sent = 2 * self.others * bytes_
-        return sent, sent / self.ring + count * 2 * math.ceil(math.log2(self.gpus)) * HOP_SECONDS.value
+        return sent, sent / self.ring + count * 2 * math.ceil(
+            math.log2(self.gpus)
+        ) * HOP_SECONDS.value
 
 
-def step_traffic(model: Model, parallel: str, cluster: Cluster, micro_batches: int, dtype: str) -> tuple[float, float]:
+def step_traffic(
+    model: Model, parallel: str, cluster: Cluster, micro_batches: int, dtype: str
+) -> tuple[float, float]:
     """Bytes that each GPU sends in an update, and the seconds that this takes."""
     if parallel == "ddp":
         bytes_ = model.parameters * parameter_bytes(dtype)
@@ -245,15 +321,23 @@ def step_traffic(model: Model, parallel: str, cluster: Cluster, micro_batches: i
     groups = model.config.num_hidden_layers + 1  # each block, and the rest
     sharing = replace(cluster, gpus=shard_size(parallel, cluster.gpus))
     sent = micro_batches * sharing.others * model.parameters * (2 * compute_bytes(dtype) + 4)
-    seconds = sent / sharing.ring + 3 * micro_batches * groups * (sharing.gpus - 1) * HOP_SECONDS.value
+    seconds = (
+        sent / sharing.ring + 3 * micro_batches * groups * (sharing.gpus - 1) * HOP_SECONDS.value
+    )
     if parallel == "hsdp":
-        nodes = Cluster(cluster.gpu._replace(link=cluster.network / sharing.gpus), cluster.gpus // sharing.gpus, cluster.network)
+        nodes = Cluster(
+            cluster.gpu._replace(link=cluster.network / sharing.gpus),
+            cluster.gpus // sharing.gpus,
+            cluster.network,
+        )
         more, longer = nodes.all_reduce(4 * model.parameters / sharing.gpus, groups)
         return sent + more, seconds + longer
     return sent, seconds
 
 
-def analysis_traffic(model: Model, parallel: str, cluster: Cluster, dtype: str) -> tuple[float, float]:
+def analysis_traffic(
+    model: Model, parallel: str, cluster: Cluster, dtype: str
+) -> tuple[float, float]:
     """Bytes that each GPU sends in an analysis (a mean over the GPUs: owners send less), and the seconds that this takes."""
     count = len(model.modules)
     sent, seconds = cluster.all_reduce(count * (len(COLUMNS) + 1) * 8)
@@ -262,11 +346,17 @@ def analysis_traffic(model: Model, parallel: str, cluster: Cluster, dtype: str) 
     norms, norm_seconds = cluster.all_reduce(8 * count, count)
     sharing = replace(cluster, gpus=shard_size(parallel, cluster.gpus))
     # What one owner gets from those who share the weights with it, in equal parts: the last ones are padded.
-    into_owners = sum((sharing.gpus - 1) * math.ceil(m.weight.shape[0] / sharing.gpus) * m.weight.shape[1] for m in model.modules)
+    into_owners = sum(
+        (sharing.gpus - 1) * math.ceil(m.weight.shape[0] / sharing.gpus) * m.weight.shape[1]
+        for m in model.modules
+    )
     into_owners *= parameter_bytes(dtype)
     copies = sharing.gpus if parallel == "hsdp" else 1
     gather_seconds = into_owners / sharing.single + count * HOP_SECONDS.value
-    return sent + norms + copies * into_owners / sharing.gpus, seconds + norm_seconds + gather_seconds
+    return (
+        sent + norms + copies * into_owners / sharing.gpus,
+        seconds + norm_seconds + gather_seconds,
+    )
 
 
 def exposed(parallel: str, communication: float, arithmetic: float, micro_batches: int) -> float:
@@ -278,7 +368,9 @@ def exposed(parallel: str, communication: float, arithmetic: float, micro_batche
 def by_rank(model: Model, gpus: int) -> list[list[BalancedModule]]:
     """The modules that each rank analyses."""
     ranks: list[list[BalancedModule]] = [[] for _ in range(gpus)]
-    for module, owner in zip(model.modules, assign_owners([m.cost for m in model.modules], gpus), strict=True):
+    for module, owner in zip(
+        model.modules, assign_owners([m.cost for m in model.modules], gpus), strict=True
+    ):
         ranks[owner].append(module)
     return ranks
 
@@ -289,11 +381,16 @@ def module_seconds(module: BalancedModule, gpu: Gpu) -> float:
     return gram + small * SOLVER_COLUMN.value + 4 / 3 * small**3 / (SOLVER_TFLOPS.value * 1e12)
 
 
-def arithmetic_seconds(model: Model, gpu: Gpu, rows: int, micro_batches: int, length: int, dtype: str, mfu: float) -> float:
+def arithmetic_seconds(
+    model: Model, gpu: Gpu, rows: int, micro_batches: int, length: int, dtype: str, mfu: float
+) -> float:
     """Seconds of one GPU's `rows` in an update."""
     flops = rows * length * llama_flops(model.config, length)
     peak = gpu.float32 if dtype == "float32" else gpu.bf16
-    return max(flops / (peak * 1e12 * mfu), micro_batches * model.config.num_hidden_layers * BLOCK_SECONDS.value)
+    return max(
+        flops / (peak * 1e12 * mfu),
+        micro_batches * model.config.num_hidden_layers * BLOCK_SECONDS.value,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- plan
@@ -323,14 +420,20 @@ class Plan:
 
     def row(self) -> dict:
         """As JSON takes it."""
-        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in asdict(self).items()}
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in asdict(self).items()
+        }
 
 
 def plan(model: Model, parallel: str, gpus: int, args: argparse.Namespace) -> Plan:
     """The plan with the largest micro-batch, a power of two, that fits and divides a GPU's rows."""
     about = (model.name, model.parameters, gpus, parallel)
     if args.total_batch_size % gpus:
-        return Plan(*about, problem=f"{args.total_batch_size} rows do not divide over {gpus} GPUs: --total_batch_size must be a multiple")
+        return Plan(
+            *about,
+            problem=f"{args.total_batch_size} rows do not divide over {gpus} GPUs: --total_batch_size must be a multiple",
+        )
     gpu, rows = GPUS[args.gpu], args.total_batch_size // gpus
     cluster = Cluster(gpu, gpus, args.network or gpu.network)
     usable = gpu.memory * 1e9 * USABLE.value
@@ -346,7 +449,9 @@ def plan(model: Model, parallel: str, gpus: int, args: argparse.Namespace) -> Pl
     arithmetic = arithmetic_seconds(model, gpu, rows, count, args.max_length, args.dtype, args.mfu)
     step_bytes, communication = step_traffic(model, parallel, cluster, count, args.dtype)
     analysis_bytes, wire = analysis_traffic(model, parallel, cluster, args.dtype)
-    analysis = wire + max(sum(module_seconds(m, gpu) for m in mine) for mine in by_rank(model, gpus))
+    analysis = wire + max(
+        sum(module_seconds(m, gpu) for m in mine) for mine in by_rank(model, gpus)
+    )
     launches = arithmetic == count * model.config.num_hidden_layers * BLOCK_SECONDS.value
     waiting = exposed(parallel, communication, arithmetic, count)
     update = arithmetic + waiting + analysis / args.every
@@ -362,7 +467,9 @@ def ways(parallel: str, gpus: int) -> tuple[str, ...]:
         return ("ddp",)
     whole_nodes = gpus > GPUS_A_NODE.value and gpus % GPUS_A_NODE.value == 0
     if parallel == "hsdp" and not whole_nodes:
-        raise UserError(f"--parallel hsdp shards within nodes of {GPUS_A_NODE.value} GPUs, and --gpus {gpus} is not several of them")
+        raise UserError(
+            f"--parallel hsdp shards within nodes of {GPUS_A_NODE.value} GPUs, and --gpus {gpus} is not several of them"
+        )
     if parallel != "auto":
         return (parallel,)
     return PARALLELS if whole_nodes else PARALLELS[:2]
@@ -382,7 +489,11 @@ def remark(chosen: Plan, plans: list[Plan]) -> str:
         return chosen.problem
     others = [p for p in plans if p is not chosen]
     notes = [p.problem for p in others if p.problem]
-    notes += [f"{p.parallel}: {p.update / chosen.update:.2f} times the seconds" for p in others if not p.problem]
+    notes += [
+        f"{p.parallel}: {p.update / chosen.update:.2f} times the seconds"
+        for p in others
+        if not p.problem
+    ]
     return "; ".join(notes + ["launch-bound"] * chosen.launches_rule)
 
 
@@ -403,7 +514,11 @@ def size(bytes_: float) -> str:
 
 
 def cells(chosen: Plan, every: int, note: str) -> list[str]:
-    about = [f"{chosen.config} ({chosen.parameters / 1e6:.1f}M)", str(chosen.gpus), chosen.parallel if chosen.gpus > 1 else "-"]
+    about = [
+        f"{chosen.config} ({chosen.parameters / 1e6:.1f}M)",
+        str(chosen.gpus),
+        chosen.parallel if chosen.gpus > 1 else "-",
+    ]
     m = chosen.memory
     parts = [m.weights, m.gradients, m.moments, m.activations, m.logits, m.peak] if m else []
     memory = [f"{part / 1e9:.1f}" for part in parts] or ["-"] * 6
@@ -411,12 +526,23 @@ def cells(chosen: Plan, every: int, note: str) -> list[str]:
         return [*about, *memory, *["-"] * 6, note]
     shares = [f"{part / chosen.update:.1%}" for part in (chosen.exposed, chosen.analysis / every)]
     batch = f"{chosen.micro_batch} x {chosen.micro_batches}"
-    return [*about, *memory, batch, f"{chosen.update:.3g}", *shares, size(chosen.step_bytes), size(chosen.analysis_bytes), note]
+    return [
+        *about,
+        *memory,
+        batch,
+        f"{chosen.update:.3g}",
+        *shares,
+        size(chosen.step_bytes),
+        size(chosen.analysis_bytes),
+        note,
+    ]
 
 
 def table(rows: list[list[str]]) -> str:
     """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(HEADINGS), ["---"] * len(HEADINGS), *rows])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [list(HEADINGS), ["---"] * len(HEADINGS), *rows]
+    )
 
 
 def preamble(args: argparse.Namespace) -> str:
@@ -428,22 +554,68 @@ def preamble(args: argparse.Namespace) -> str:
     ]
     values = ASSUMPTIONS | {"MFU": MFU._replace(value=args.mfu)}
     lines += [f"{name} = {a.value:.4g}: {a.what} ({a.source})" for name, a in values.items()]
-    return "\n".join(["Assumptions", *(f"  {line}" for line in lines), "Formulas", *(f"  {line}" for line in FORMULAS.splitlines())])
+    return "\n".join(
+        [
+            "Assumptions",
+            *(f"  {line}" for line in lines),
+            "Formulas",
+            *(f"  {line}" for line in FORMULAS.splitlines()),
+        ]
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="FILE", help="model configs (default: from 60m to 7b)")
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 8, 64, 512], metavar="N", help="numbers of GPUs (default 1 8 64 512)")
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        default=CONFIGS,
+        metavar="FILE",
+        help="model configs (default: from 60m to 7b)",
+    )
+    parser.add_argument(
+        "--gpus",
+        nargs="+",
+        type=int,
+        default=[1, 8, 64, 512],
+        metavar="N",
+        help="numbers of GPUs (default 1 8 64 512)",
+    )
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="their kind (default H100)")
-    parser.add_argument("--parallel", choices=("auto", *PARALLELS), default="auto", help="auto: the faster one that fits (default)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16_mixed", help="as in torchrun_main.py (default bf16_mixed)")
-    parser.add_argument("--total_batch_size", type=int, default=512, help="rows in an update (default 512)")
+    parser.add_argument(
+        "--parallel",
+        choices=("auto", *PARALLELS),
+        default="auto",
+        help="auto: the faster one that fits (default)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16_mixed",
+        help="as in torchrun_main.py (default bf16_mixed)",
+    )
+    parser.add_argument(
+        "--total_batch_size", type=int, default=512, help="rows in an update (default 512)"
+    )
     parser.add_argument("--max_length", type=int, default=256, help="tokens in a row (default 256)")
-    parser.add_argument("--every", type=int, default=500, help="updates between two analyses (default 500)")
-    parser.add_argument("--mfu", type=float, default=MFU.value, help=f"model FLOPs utilisation (default {MFU.value})")
-    parser.add_argument("--network", type=float, metavar="GB/S", help="of a node, one way (default: that of a DGX)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="all numbers, also of what is not advised, as JSON")
+    parser.add_argument(
+        "--every", type=int, default=500, help="updates between two analyses (default 500)"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=MFU.value,
+        help=f"model FLOPs utilisation (default {MFU.value})",
+    )
+    parser.add_argument(
+        "--network", type=float, metavar="GB/S", help="of a node, one way (default: that of a DGX)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="all numbers, also of what is not advised, as JSON",
+    )
     args = parser.parse_args()
     check_numbers(args, ("total_batch_size", "max_length", "every", "mfu", "network"), ())
     if args.mfu > 1:
@@ -465,9 +637,14 @@ def main() -> None:
     print(preamble(args) + "\n\n" + table(rows))
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key != "output"}
-        values = {name: a._asdict() for name, a in ASSUMPTIONS.items()} | {"gpu": GPUS[args.gpu]._asdict()}
+        values = {name: a._asdict() for name, a in ASSUMPTIONS.items()} | {
+            "gpu": GPUS[args.gpu]._asdict()
+        }
         values["MFU"]["value"] = args.mfu
-        args.output.write_text(json.dumps({"settings": settings, "assumptions": values, "plans": results}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({"settings": settings, "assumptions": values, "plans": results}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

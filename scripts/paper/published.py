@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass, field, replace
 
-
-METHODS = ("wd0", "uniform", "awd", "adadecay-module", "alphadecay")  # the paper's "AdaDecay" is module-wise
+METHODS = (
+    "wd0",
+    "uniform",
+    "awd",
+    "adadecay-module",
+    "alphadecay",
+)  # the paper's "AdaDecay" is module-wise
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,28 @@ class Layout:
         return replace(self, measure=measure, compared=measure, published={})
 
 
-def _by_decay(decays: tuple[float, ...], rows: dict[str, tuple], *column: str) -> dict[tuple[str, ...], float]:
+def _by_decay(
+    decays: tuple[float, ...], rows: dict[str, tuple], *column: str
+) -> dict[tuple[str, ...], float]:
     """{row: a value for each decay} by (row, *column, decay)."""
-    return {(row, *column, f"{eta:g}"): value for row, values in rows.items() for eta, value in zip(decays, values, strict=True)}
+    return {
+        (row, *column, f"{eta:g}"): value
+        for row, values in rows.items()
+        for eta, value in zip(decays, values, strict=True)
+    }
 
 
-def _main(decays: tuple[float, ...], models: dict[str, tuple[float, dict[str, tuple]]]) -> dict[tuple[str, ...], float]:
+def _main(
+    decays: tuple[float, ...], models: dict[str, tuple[float, dict[str, tuple]]]
+) -> dict[tuple[str, ...], float]:
     """{model: (perplexity without decay, the other rows)} by (row, model, decay)."""
     published = {}
     for model, (none, rows) in models.items():
-        published |= _by_decay(decays, {"wd0": (none,) * len(decays)} | dict(zip(METHODS[1:], rows, strict=True)), model)
+        published |= _by_decay(
+            decays,
+            {"wd0": (none,) * len(decays)} | dict(zip(METHODS[1:], rows, strict=True)),
+            model,
+        )
     return published
 
 
@@ -47,17 +64,65 @@ ADAM_DECAYS, ADAMW_DECAYS = (1e-5, 5e-6, 1e-6), (0.1, 0.05, 0.01)
 _ADAM = _main(
     ADAM_DECAYS,
     {
-        "60m": (33.23, ((32.39, 32.56, 33.03), (33.78, 33.74, 33.74), (32.24, 32.52, 33.03), (31.56, 31.58, 32.61))),
-        "130m": (24.60, ((22.99, 23.14, 24.14), (24.25, 24.45, 24.53), (23.20, 23.08, 23.96), (22.76, 22.55, 23.49))),
-        "350m": (18.62, ((17.12, 16.74, 17.50), (18.32, 18.55, 18.79), (18.21, 17.42, 17.91), (17.00, 16.66, 16.88))),
-        "1b": (16.11, ((15.36, 14.66, 15.03), (16.03, 16.22, 16.38), (17.23, 18.14, 15.35), (15.13, 14.55, 14.63))),
+        "60m": (
+            33.23,
+            (
+                (32.39, 32.56, 33.03),
+                (33.78, 33.74, 33.74),
+                (32.24, 32.52, 33.03),
+                (31.56, 31.58, 32.61),
+            ),
+        ),
+        "130m": (
+            24.60,
+            (
+                (22.99, 23.14, 24.14),
+                (24.25, 24.45, 24.53),
+                (23.20, 23.08, 23.96),
+                (22.76, 22.55, 23.49),
+            ),
+        ),
+        "350m": (
+            18.62,
+            (
+                (17.12, 16.74, 17.50),
+                (18.32, 18.55, 18.79),
+                (18.21, 17.42, 17.91),
+                (17.00, 16.66, 16.88),
+            ),
+        ),
+        "1b": (
+            16.11,
+            (
+                (15.36, 14.66, 15.03),
+                (16.03, 16.22, 16.38),
+                (17.23, 18.14, 15.35),
+                (15.13, 14.55, 14.63),
+            ),
+        ),
     },
 )
 _ADAMW = _main(
     ADAMW_DECAYS,
     {
-        "60m": (32.73, ((31.95, 32.31, 32.66), (32.58, 32.67, 32.67), (31.88, 32.25, 32.58), (31.20, 31.65, 32.45))),
-        "130m": (24.39, ((23.32, 23.81, 24.28), (24.30, 24.35, 24.41), (23.18, 23.62, 24.21), (22.66, 23.04, 23.98))),
+        "60m": (
+            32.73,
+            (
+                (31.95, 32.31, 32.66),
+                (32.58, 32.67, 32.67),
+                (31.88, 32.25, 32.58),
+                (31.20, 31.65, 32.45),
+            ),
+        ),
+        "130m": (
+            24.39,
+            (
+                (23.32, 23.81, 24.28),
+                (24.30, 24.35, 24.41),
+                (23.18, 23.62, 24.21),
+                (22.66, 23.04, 23.98),
+            ),
+        ),
     },
 )
 _VIT = _by_decay(
@@ -65,7 +130,9 @@ _VIT = _by_decay(
     {"wd0": (65.12, 65.12), "uniform": (66.97, 66.41), "awd": (65.21, 64.98), "adadecay-module": (65.86, 66.26),
      "alphadecay": (67.40, 67.73)},
 )  # fmt: skip
-_SEEDS = _by_decay(ADAM_DECAYS, {"uniform": (22.97, 23.12, 24.12), "alphadecay": (22.77, 22.54, 23.44)})
+_SEEDS = _by_decay(
+    ADAM_DECAYS, {"uniform": (22.97, 23.12, 24.12), "alphadecay": (22.77, 22.54, 23.44)}
+)
 _METRIC = _by_decay(
     ADAM_DECAYS,
     {"alpha": (22.763, 22.551, 23.488), "gradnorm": (22.855, 22.714, 23.801), "fnorm": (23.265, 22.910, 23.596),
@@ -78,17 +145,38 @@ _ASSIGNMENT = _by_decay(
 )  # fmt: skip
 _SECONDS = {
     (fit, model): seconds
-    for fit, both in {"median": (1.67, 4.67), "goodness-of-fit": (8.7, 24.9), "fix-finger": (7.9, 21.5)}.items()
+    for fit, both in {
+        "median": (1.67, 4.67),
+        "goodness-of-fit": (8.7, 24.9),
+        "fix-finger": (7.9, 21.5),
+    }.items()
     for model, seconds in zip(("60m", "130m"), both, strict=True)
 }
 
 
-def _where(model: str | None = None, optimizer: str = "adam", methods: tuple[str, ...] | None = ("alphadecay",)) -> dict:
-    where = {"optimizer": (optimizer,), "model": (model,) if model else ("60m", "130m", "350m", "1b")}
+def _where(
+    model: str | None = None,
+    optimizer: str = "adam",
+    methods: tuple[str, ...] | None = ("alphadecay",),
+) -> dict:
+    where = {
+        "optimizer": (optimizer,),
+        "model": (model,) if model else ("60m", "130m", "350m", "1b"),
+    }
     return where | ({"method": methods} if methods else {})
 
 
-_MODULEWISE = ("alphadecay", "farms", "quantile", "one_shot", "inverted", "shuffled", "type_constant", "gradnorm", "alphadecay+iso_budget")
+_MODULEWISE = (
+    "alphadecay",
+    "farms",
+    "quantile",
+    "one_shot",
+    "inverted",
+    "shuffled",
+    "type_constant",
+    "gradnorm",
+    "alphadecay+iso_budget",
+)
 TABLES = {
     "adam": Layout(
         "LLaMA on C4, Adam", ("method",), ("model", "weight_decay"), _where(methods=METHODS), (), published=_ADAM, against="uniform"

@@ -10,10 +10,9 @@ from typing import Protocol
 
 from peft_pretraining.errors import UserError
 
-
 # Seconds between two attempts, ten minutes in all: longer than the Hub, a router or a proxy takes to come back from a restart,
 # shorter than anyone would like a job to hold its GPUs for nothing.
-PAUSES = (1, 2, 4, 8, 16, 32, *(60,) * 9)
+RETRY_DELAYS = (1, 2, 4, 8, 16, 32, *(60,) * 9)
 
 
 class Shards(Protocol):
@@ -38,14 +37,18 @@ def network_errors() -> tuple[type[Exception], ...]:
 
     # An OSError are the timeouts and connection errors of Python and of requests as well.
     errors = (OSError, EOFError, zlib.error, huggingface_hub.errors.HfHubHTTPError)
-    if importlib.util.find_spec("httpx") is None:  # huggingface_hub 0.x: its network errors are OSErrors
+    if (
+        importlib.util.find_spec("httpx") is None
+    ):  # huggingface_hub 0.x: its network errors are OSErrors
         return errors
     import httpx
 
     return (*errors, httpx.HTTPError)
 
 
-def read_patiently(documents: Shards, shard: int, skip: int = 0, pauses: Sequence[float] = PAUSES) -> Iterator[str]:
+def read_with_retries(
+    documents: Shards, shard: int, skip: int = 0, pauses: Sequence[float] = RETRY_DELAYS
+) -> Iterator[str]:
     """`documents.read(shard, skip)`, opened again at the document it had reached where the network broke off.
 
     Waits `pauses` seconds between attempts, from the first pause on again after every document. UserError when all of them were

@@ -1,0 +1,7 @@
+"""Old path of scripts/paper/table.py. It works for one more release."""
+
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":
+    runpy.run_path(str(Path(__file__).parent / "paper" / "table.py"), run_name="__main__")
