@@ -48,7 +48,15 @@ CONDITIONS = (1e3, 1e6, 1e9, 1e12)
 
 
 class Failure(Exception):
-    """A command failed. The message holds the end of its output."""
+    """A command failed. The message holds the end of its output, `output` all of it."""
+
+    def __init__(self, message: str, output: str = ""):
+        super().__init__(message)
+        self.output = output
+
+
+class OutOfTime(Failure):
+    """A command was stopped because it took too long."""
 
 
 # ---------------------------------------------------------------------------------- the bookkeeping
@@ -148,9 +156,9 @@ class Bench:
             text = output.read()
         self.results.log(words, text)
         if outcome == "timeout":
-            raise Failure(f"stopped after {limit:.0f} s\n{last_lines(text)}")
+            raise OutOfTime(f"stopped after {limit:.0f} s\n{last_lines(text)}", text)
         if outcome == "ended" and process.returncode:
-            raise Failure(f"exit status {process.returncode}\n{last_lines(text)}")
+            raise Failure(f"exit status {process.returncode}\n{last_lines(text)}", text)
         return text
 
     def kill_all(self) -> None:
@@ -277,8 +285,9 @@ def llama(bench: Bench, size: str, folder: Path, batch: int, updates: int, *more
     else:
         command.append("--single_cuda")
     return [
-        *command, "--model_config", f"configs/llama_{size}.json", "--dataset", bench.corpus, "--max_length", length,
-        "--batch_size", batch, "--total_batch_size", rows, "--num_training_steps", updates, "--log_every", 1,
+        *command, "--model_config", f"configs/llama_{size}.json", "--dataset", bench.corpus,
+        "--max_length", length, "--batch_size", batch, "--total_batch_size", rows,
+        "--num_training_steps", updates, "--log_every", 1,
         "--target_eval_tokens", 5000, "--no_wandb", "--save_dir", folder, *more,
     ]  # fmt: skip
 
@@ -304,17 +313,18 @@ def resume(bench: Bench, compiled: str) -> None:
     flags += ["--unbalancedWD_every", 4, "--save_every", 6]
 
     def train(name: str, *more: object) -> None:
-        bench.run(llama(bench, "60m", folders[name], 128, 12, *flags, *more), 120)
+        bench.run(llama(bench, "60m", folders[name], 64, 12, *flags, *more), 120)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(train, ("straight", "again")))
     train("resumed", "--continue_from", folders["straight"] / "checkpoints/model_6")
     for other in ("again", "resumed"):
-        result = compare(folders["straight"], folders[other])
+        result = compare(folders["straight"], folders[other], 6 if other == "resumed" else 0)
         bench.results.add("resume", f"compile {compiled}, {other}", result)
         equal = result["weights_equal"] and result["largest_loss_difference"] == 0
         note = (
-            f"{result['updates']} updates, losses differ by up to {result['largest_loss_difference']:.1e}, "
+            f"{result['updates']} updates, losses differ by up to "
+            f"{result['largest_loss_difference']:.1e}, "
             f"weights {'equal' if result['weights_equal'] else 'differ'}; "
             f"files that differ: {', '.join(result['files_that_differ']) or 'none'}"
         )
@@ -322,26 +332,29 @@ def resume(bench: Bench, compiled: str) -> None:
         bench.results.line(step, "bit for bit" if equal else "DIFFERS", note)
 
 
-def compare(straight: Path, other: Path) -> dict:
-    """Compare losses and final checkpoints of two runs over the updates that both logged."""
+def compare(straight: Path, other: Path, after: int) -> dict:
+    """Compare final checkpoints of two runs, and their losses after update `after`."""
     losses = [{r["update_step"]: r["loss"] for r in updates_of(run)} for run in (straight, other)]
-    shared = sorted(losses[0].keys() & losses[1].keys())
+    shared = sorted(u for u in losses[0].keys() & losses[1].keys() if u > after)
     differences = [abs(losses[0][update] - losses[1][update]) for update in shared]
     finals = [
         sorted(run.glob("checkpoints/model_*"), key=lambda p: int(p.name[6:]))[-1]
         for run in (straight, other)
     ]
     manifests = [json.loads((final / "manifest.json").read_text()) for final in finals]
+    pairs = zip(shared, differences, strict=True)
+    states = [final / "training_state/trainer.json" for final in finals]
+    one, two = manifests
     return {
         "updates": len(shared),
         "largest_loss_difference": max(differences),
-        "first_update_that_differs": next((u for u, d in zip(shared, differences, strict=True) if d), None),
-        "weights_equal": manifests[0]["model.safetensors"] == manifests[1]["model.safetensors"],
+        "first_update_that_differs": next((u for u, difference in pairs if difference), None),
+        "weights_equal": one["model.safetensors"] == two["model.safetensors"],
         "weights_sha256": [m["model.safetensors"]["sha256"] for m in manifests],
-        "files_that_differ": sorted(k for k in manifests[0] if manifests[0][k] != manifests[1].get(k)),
-        "solvers": [json.dumps(solvers_of(final / "training_state/trainer.json")) for final in finals],
+        "files_that_differ": sorted(name for name in one if one[name] != two.get(name)),
+        "solvers": [json.dumps(solvers_of(state)) for state in states],
         "losses": [list(some.values()) for some in losses],
-    }  # fmt: skip
+    }
 
 
 def solvers_of(path: Path) -> object:
@@ -355,7 +368,8 @@ def solvers_of(path: Path) -> object:
     return None
 
 
-# In order of importance. Rows in a micro-batch for about 78 GiB; halved where memory does not suffice.
+# In order of importance. The rows in a micro-batch suit about 78 GiB of memory; they are halved
+# where that does not suffice.
 TRAININGS = (
     ("60m", "bf16_mixed", "alphadecay", 256, 20),
     ("130m", "bf16_mixed", "alphadecay", 256, 16),
@@ -389,9 +403,11 @@ def training(bench: Bench) -> None:
                     batch //= 2
             bench.results.add("training", name, result)
             note = (
-                f"MFU {result['mfu']:.1%}, peak {gib(result['peak_memory_bytes'])}, micro-batch {batch}, "
+                f"MFU {result['mfu']:.1%}, peak {gib(result['peak_memory_bytes'])}, "
+                f"micro-batch {batch}, "
                 f"loss {result['loss_kind']}, update {result['seconds_an_update']:.3f} s, "
-                f"analysis {result['analysis_seconds']:.2f} s, first update {result['first_update_seconds']:.0f} s"
+                f"analysis {result['analysis_seconds']:.2f} s, "
+                f"first update {result['first_update_seconds']:.0f} s"
             )
             bench.results.line(
                 f"training {name}", f"{result['tokens_per_second']:,.0f} tokens/s", note
@@ -406,7 +422,12 @@ def train_once(bench: Bench, size: str, dtype: str, method: str, batch: int, upd
     if method != "uniform":
         more += ["--unbalancedWD_every", ANALYSIS_AT]
     command = llama(bench, size, folder, batch, 10 * updates, *more)
-    bench.run(command, 110, until=lambda: len(updates_of(folder)) >= updates)
+    try:
+        limit = 160 if size == "1b" else 110
+        bench.run(command, limit, until=lambda: len(updates_of(folder)) >= updates)
+    except OutOfTime:
+        if len(updates_of(folder)) <= WARM_UP:
+            raise
     records = updates_of(folder)
     ends = [record["seconds"] for record in records]
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
@@ -439,17 +460,28 @@ def train_once(bench: Bench, size: str, dtype: str, method: str, batch: int, upd
 
 def analysis(bench: Bench) -> None:
     """Measure the seconds of one analysis, each model in a process of its own."""
-    for size in ("60m", "350m", "130m", "1b"):
+    for size in ("60m", "130m", "350m", "1b"):
         with bench.guarded("analysis", size):
-            text = run_part(bench, "analysis", 75, "--size", size)
+            try:
+                text = run_part(bench, "analysis", 80, "--size", size)
+            except Failure as failure:  # what was measured before it counts
+                text = failure.output
+                if "PART " not in text:
+                    raise
+                bench.results.add("analysis", f"{size} error", str(failure))
             result = json.loads(text.split("PART ")[-1].splitlines()[0])
             bench.results.add("analysis", size, result)
+            names = {
+                "construction": "first analysis",
+                "float64": "all in float64",
+                "svdvals": "svdvals of every Linear",
+                "blocked_asynchronous": "asynchronous, the loop waits",
+                "updates_asynchronous": "16 updates beside an asynchronous one",
+                "updates_undisturbed": "without an analysis",
+            }
+            parts = [f"{names[key]} {result[key]:.3f} s" for key in names if key in result]
             note = (
-                f"of {result['modules']} modules; float64 {result['float64']:.3f} s; svdvals of every Linear "
-                f"{result['svdvals']:.2f} s ({result['svdvals'] / result['synchronous']:.1f} times); asynchronous: "
-                f"the loop waits {result['blocked_asynchronous']:.4f} s, 16 updates take "
-                f"{result['updates_asynchronous']:.2f} s, without an analysis {result['updates_undisturbed']:.2f} s, "
-                f"synchronous {result['updates_synchronous']:.2f} s; solvers {result['solvers']}"
+                f"of {result['modules']} modules; {'; '.join(parts)}; solvers {result['solvers']}"
             )
             bench.results.line(f"analysis {size}", f"{result['synchronous']:.3f} s", note)
 
@@ -628,7 +660,12 @@ def analysis_part(size: str, rehearse: bool) -> None:
     import alphadecay
 
     device = "cpu" if rehearse else "cuda"
-    wait = (lambda: None) if rehearse else torch.cuda.synchronize
+
+    def wait() -> None:
+        """Wait for the stream of the training alone: an asynchronous analysis uses another."""
+        if not rehearse:
+            torch.cuda.current_stream().synchronize()
+
     values = json.loads((ROOT / f"configs/llama_{'9m' if rehearse else size}.json").read_text())
     values["pad_token_id"] = None
     config = transformers.LlamaConfig(**values)
@@ -645,7 +682,11 @@ def analysis_part(size: str, rehearse: bool) -> None:
         return time.perf_counter() - start
 
     result: dict = {"size": size}
-    decay: alphadecay.AlphaDecay | None = None
+
+    def report() -> None:
+        print("PART " + json.dumps(result), flush=True)
+
+    decay = None
 
     def construct() -> None:
         nonlocal decay
@@ -653,11 +694,12 @@ def analysis_part(size: str, rehearse: bool) -> None:
 
     result["construction"] = seconds_of(construct)
     optimizer = torch.optim.SGD(decay.param_groups(), lr=0.0)
-    times = [seconds_of(lambda: decay.step(optimizer)) for _ in range(3)]
+    times = [seconds_of(lambda: decay.step(optimizer))]
+    if times[0] < 5:
+        times += [seconds_of(lambda: decay.step(optimizer)) for _ in range(2)]
     result["synchronous"], result["synchronous_all"] = statistics.median(times), times
     result["modules"], result["solvers"] = len(decay.modules), decay.state_dict()["solvers"]
-    alphadecay.analyze(model)
-    result["float64"] = seconds_of(lambda: alphadecay.analyze(model))
+    report()
     # One matrix of each shape, times their number: all of them would take minutes for 1b.
     shapes: dict = collections.defaultdict(list)
     for module in model.modules():
@@ -669,30 +711,36 @@ def analysis_part(size: str, rehearse: bool) -> None:
     result["svdvals_each"] = {
         str(shape): [len(same), each[shape]] for shape, same in shapes.items()
     }
-    for name, lag in (("synchronous", 0), ("asynchronous", 12)):
-        decay = alphadecay.AlphaDecay(model, 1e-5, every=16, lag=lag)
-        optimizer = torch.optim.SGD(decay.param_groups(), lr=1e-6)
-        ids = torch.randint(32000, (2 if rehearse else 32, 64 if rehearse else 256), device=device)
-        blocked, steps = [], []
-        for _ in range(32):
-
-            def update() -> None:
-                with torch.autocast(device, torch.bfloat16):
-                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                loss.backward()
-                wait()
-                before = time.perf_counter()
-                decay.step(optimizer)
-                blocked.append(time.perf_counter() - before)
-                optimizer.step()
-                optimizer.zero_grad()
-
-            steps.append(seconds_of(update))
-        decay.state_dict()  # waits for an analysis that is still running
-        result[f"blocked_{name}"] = sum(blocked[15:31])
-        result[f"updates_{name}"] = sum(steps[15:31])
-        result["updates_undisturbed"] = 16 * statistics.median(steps[2:15])
-    print("PART " + json.dumps(result), flush=True)
+    report()
+    # The analysis starts in update 16, and its decays take effect in update 28.
+    ids = torch.randint(32000, (2, 64) if rehearse else (32, 256), device=device)
+    decay = alphadecay.AlphaDecay(model, 1e-5, every=16, lag=12)
+    optimizer = torch.optim.SGD(decay.param_groups(), lr=1e-6)
+    blocked, steps = [], []
+    for _ in range(31):
+        wait()
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        wait()
+        before = time.perf_counter()
+        decay.step(optimizer)
+        blocked.append(time.perf_counter() - before)
+        optimizer.step()
+        optimizer.zero_grad()
+        wait()
+        steps.append(time.perf_counter() - start)
+    result["blocked_asynchronous"] = sum(blocked[15:31])
+    result["blocked_each"] = blocked
+    result["updates_asynchronous"] = sum(steps[15:31])
+    result["updates_undisturbed"] = 16 * statistics.median(steps[2:15])
+    result["updates_each"] = steps
+    report()
+    result["float64_first"] = seconds_of(lambda: alphadecay.analyze(model))
+    if result["float64_first"] < 5:
+        result["float64"] = seconds_of(lambda: alphadecay.analyze(model))
+    report()
 
 
 # ------------------------------------------------------------------------------------------ the run
