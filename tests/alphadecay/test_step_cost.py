@@ -77,6 +77,7 @@ def test_no_number_is_asked_for():
     assert guard.read()
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_not_waited_for():
     update = an_update(torch.device("cuda"))

@@ -172,6 +172,7 @@ def test_what_the_flag_means():
         choice("liger")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", [*FAST, "liger"])
 def test_on_a_gpu(name):
