@@ -129,11 +129,11 @@ class Training:
 
 def main() -> None:
     args = parse_arguments()
-    with process_group(kind=args.device) as ranks, contextlib.ExitStack() as held:
+    with process_group(device_type=args.device) as ranks, contextlib.ExitStack() as held:
         start_logging(ranks)
         seed_random_generators(args.seed)
         data = load_images(
-            args.data_set, args.data_path, args.eval_data_path, args.nb_classes, ranks.first
+            args.data_set, args.data_path, args.eval_data_path, args.nb_classes, ranks.rank_zero_first
         )
         logger.info(f"data: {data.description}")
         schedule = Schedule.of(args, len(data.train))
@@ -257,7 +257,10 @@ def train(
     criterion, mixup = loss_and_mixup(args)
     guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
     parallel = data_parallel(
-        model, guard, ranks, lambda parallel: dummy_forward(parallel, args.input_size, ranks)
+        model,
+        guard.record_nonfinite,
+        ranks,
+        lambda parallel: dummy_forward(parallel, args.input_size, ranks),
     )
     statistics = BatchNormSync(model, ranks)
     stop = StopRequest()
@@ -311,7 +314,7 @@ def train(
             and update % args.save_every == 0
         )
         if logs or update == 1:
-            guard.read()
+            guard.resolve_pending()
             record = {
                 "update_step": update,
                 "epoch": update / schedule.epoch,

@@ -99,7 +99,7 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, packing=packing_of(args), first=ranks.first,
+            args.validation_file, stream=args.stream, packing=packing_of(args), first=ranks.rank_zero_first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 
@@ -220,7 +220,9 @@ def train(
     autocast = autocast_of(args, ranks)
     guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
     two_tokens = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
-    parallel = data_parallel(model, guard, ranks, lambda parallel: parallel(two_tokens, two_tokens))
+    parallel = data_parallel(
+        model, guard.record_nonfinite, ranks, lambda parallel: parallel(two_tokens, two_tokens)
+    )
     stop = StopRequest()
     clock = ThroughputMeter(work, progress["update_step"], progress["tokens_seen"], ranks.device)
     steps = training_batches(
@@ -274,7 +276,7 @@ def train(
             for every in (args.log_every, args.eval_every, args.save_every)
         )
         if logs or update == 1:
-            guard.read()
+            guard.resolve_pending()
             loss = float(
                 ranks.sum(loss)
             )  # this and the norm are the only numbers that the step waits for
@@ -367,7 +369,7 @@ def save(
     ranks: DistributedContext,
 ) -> None:
     arguments = {name: getattr(args, name) for name in RESUME_ARGUMENTS}
-    positions = ranks.gather(progress["position"])
+    positions = ranks.gather_objects(progress["position"])
     if (
         ranks.is_main
     ):  # where the data stand for all ranks, so that another number of them can go on

@@ -180,7 +180,7 @@ def choose(
         return before
     candidates = [name for name in LOSSES if _missing(name, ranks.device) is None]
     on_gpu = ranks.device.type == "cuda" and ranks.is_main
-    return ranks.broadcast(
+    return ranks.broadcast_object(
         fastest(candidates, tokens, shape, dtype, autocast, ranks.device) if on_gpu else "chunked"
     )
 

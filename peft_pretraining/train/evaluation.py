@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from peft_pretraining.constants import IGNORE_INDEX
-from peft_pretraining.parallel.fsdp import FSDPModule
+from peft_pretraining.parallel.fsdp import is_fsdp
 from peft_pretraining.parallel.process_group import DistributedContext
 
 
@@ -43,7 +43,7 @@ def evaluate(
         total += torch.stack([loss, targets.double()])
         means += loss / targets.clamp_min(1)
         n_batches += targets > 0
-    if isinstance(model, FSDPModule):
+    if is_fsdp(model):
         model.reshard()  # without a backward pass the root's parameters stay whole, and would be taken for the model's own
     model.train()
     biased = ranks.sum(means / (n_batches + 1)) / ranks.world_size

@@ -41,7 +41,7 @@ def next_step(
     ).tolist()
     if not endings:
         return step, counts, None
-    said = ranks.broadcast(ranks.gather((problem, stop.signal)))
+    said = ranks.broadcast_object(ranks.gather_objects((problem, stop.signal)))
     problems = [
         f"{problem} (rank {rank})" if ranks.world_size > 1 else problem
         for rank, (problem, _) in enumerate(said)
