@@ -2,4 +2,5 @@
 
 from __future__ import annotations
 
-IGNORE_INDEX = -100  # the label that torch's cross-entropy leaves out
+# Label of a position that has no target; torch's cross-entropy ignores it by default.
+IGNORE_INDEX = -100
