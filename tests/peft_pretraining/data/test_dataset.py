@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from peft_pretraining import sources
+from peft_pretraining.data.sources import pydocs, split
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.loader import merge_positions, training_batches, validation_batches
 from peft_pretraining.data.shuffle import RowOrder
@@ -314,7 +314,7 @@ def test_changed_file_is_tokenised_anew(tmp_path):
 
 
 def test_bpe_of_a_stream_does_not_depend_on_the_seed(folder, tmp_path, monkeypatch):
-    from peft_pretraining import tokenization
+    from peft_pretraining.data import tokenizer as tokenization
 
     monkeypatch.setattr(tokenization, "BPE_SAMPLE_BYTES", 300)  # one shard
     hashes = {
@@ -327,7 +327,8 @@ def test_bpe_of_a_stream_does_not_depend_on_the_seed(folder, tmp_path, monkeypat
 
 
 def test_cache_is_made_inside_first(folder, tmp_path, monkeypatch):
-    from peft_pretraining import prepared, tokenization
+    from peft_pretraining.data import tokenizer as tokenization
+    from peft_pretraining.data.tokenized import format, writer
 
     inside = []
 
@@ -337,7 +338,7 @@ def test_cache_is_made_inside_first(folder, tmp_path, monkeypatch):
         yield
         inside.clear()
 
-    for module, name in ((tokenization, "train_bpe"), (prepared, "_write")):
+    for module, name in ((tokenization, "train_bpe"), (writer, "atomic_write"), (format, "atomic_write")):
         made = getattr(module, name)
         monkeypatch.setattr(
             module,
@@ -349,7 +350,7 @@ def test_cache_is_made_inside_first(folder, tmp_path, monkeypatch):
 
 
 def test_pydocs_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PYDOCS_PACKAGES", ("json", "email", "asyncio", "unittest"))
+    monkeypatch.setattr(pydocs, "PYDOCS_PACKAGES", ("json", "email", "asyncio", "unittest"))
     data = load_data("pydocs", "bpe", 400, 32, seed=0, target_eval_tokens=None, cache_dir=tmp_path)
     assert (
         data.description.startswith("pydocs, ") and len(data.train) > 50 * len(data.validation) > 0
@@ -373,7 +374,7 @@ def test_corpus_too_small_for_a_held_out_share(folder, tmp_path, inside, empty):
     texts = [
         text
         for text in (f"{i} {TEXTS[8]}" for i in range(300))
-        if sources.in_share(text, 0.01) == inside
+        if split.in_share(text, 0.01) == inside
     ]
     dataset = write(tmp_path / "a.jsonl", texts[:3])
     message = f"a.jsonl is too small to hold out 1% of its documents: the {empty} set is empty; give `--validation_file FILE`"

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining import shards, sources, stream
+from peft_pretraining.data import streaming
+from peft_pretraining.data.sources import files, shards
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.loader import merge_positions, training_batches
 from peft_pretraining.data.sources.files import FileDocuments
@@ -151,7 +152,7 @@ def simulated_workers(monkeypatch):
         for item in itertools.cycle(items):
             yield next(item)
 
-    monkeypatch.setattr(stream, "_loaded", loaded)
+    monkeypatch.setattr(streaming, "_loaded", loaded)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -513,7 +514,7 @@ def test_pieces_of_a_file_give_each_line_once(tmp_path, monkeypatch, ending, cou
     ]
     path.write_bytes(b"\xef\xbb\xbf" + ending.join(lines).encode())
     whole = list(FileDocuments((path,)))
-    monkeypatch.setattr(sources, "SHARD_BYTES", -(-path.stat().st_size // count))
+    monkeypatch.setattr(files, "SHARD_BYTES", -(-path.stat().st_size // count))
     documents = FileDocuments((path,))
     assert documents.n_shards == {1: 1, 2: 2, 3: 4, 8: 8, 50: 64}[count]
     pieces = [list(documents.read(shard, 0)) for shard in range(documents.n_shards)]
@@ -527,7 +528,7 @@ def test_pieces_begin_exactly_at_lines(tmp_path):
     path = write(tmp_path / "a.jsonl", ["a", "bb", "c"])
     size = path.stat().st_size
     for cut in range(size + 1):
-        both = [list(sources.read_file(path, part)) for part in ((0, cut), (cut, size))]
+        both = [list(files.read_file(path, part)) for part in ((0, cut), (cut, size))]
         assert sum(both, []) == ["a", "bb", "c"] and len(both[0]) == sum(
             start < cut for start in (0, 14, 29)
         )
@@ -539,13 +540,13 @@ def test_a_bad_record_in_a_piece_names_the_line_of_the_file(tmp_path):
         file.write("{broken\n")
     size = path.stat().st_size
     with pytest.raises(UserError, match="a.jsonl, line 121: not valid JSON .*a line.$"):
-        list(sources.read_file(path, (size // 2, size)))
+        list(files.read_file(path, (size // 2, size)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.xz", "a.parquet"])
 def test_local_files_streamed_hold_the_documents_of_the_other_route(tmp_path, monkeypatch, name):
     path = write(tmp_path / name, [f"{text} number {i}" for i, text in enumerate(DOCUMENTS * 5)])
-    monkeypatch.setattr(sources, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 20_000)
     arguments = dict(
         dataset=str(path),
         tokenizer="bpe",

@@ -74,7 +74,7 @@ def test_bpe_is_cached_and_trained_the_same_again(tmp_path):
 
 
 def test_bpe_reads_a_bounded_sample(monkeypatch):
-    from peft_pretraining import tokenization
+    from peft_pretraining.data import tokenizer as tokenization
 
     monkeypatch.setattr(tokenization, "BPE_SAMPLE_BYTES", 2000)
     taken = []

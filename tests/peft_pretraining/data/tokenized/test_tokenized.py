@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_pretraining import encoding, prepare_data, prepared
+from peft_pretraining import prepare_data
+from peft_pretraining.data import tokenizer_pool as encoding
+from peft_pretraining.data.tokenized import reader as prepared
 from peft_pretraining.cli.main import run_script
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.sequences import tokenize_rows
@@ -253,7 +255,7 @@ def test_target_eval_tokens_keeps_the_fewest_documents(tokenizer, tmp_path):
 KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path
-from peft_pretraining import prepared
+from peft_pretraining.data.tokenized import writer as prepared
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 source, tokenizer, folder, moments = pickle.load(open(sys.argv[1], "rb"))
 replace = os.replace
