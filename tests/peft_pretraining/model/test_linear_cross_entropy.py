@@ -3,8 +3,8 @@ import torch
 import torch.nn as nn
 import transformers
 
-from peft_pretraining import linear_cross_entropy
 from peft_pretraining.errors import UserError
+from peft_pretraining.model import linear_cross_entropy
 from peft_pretraining.model.linear_cross_entropy import LOSSES, choose, fastest, plain
 from peft_pretraining.model.modeling_llama import build_model, target_rows
 from peft_pretraining.parallel.process_group import DistributedContext
