@@ -3,7 +3,7 @@
 import pytest
 
 import torchrun_main
-from peft_pretraining.cli.llama import llama_parser, packing_of
+from peft_pretraining.cli.llama import llama_parser, packing_mode
 from peft_pretraining.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_max_train_tokens(monkeypatch):
         ("--num_training_steps ten", "invalid int value: 'ten'"),
         ("--batch_size 0", "--batch_size 0: it must be above 0"),
         ("--warmup_steps 20000", "--warmup_steps 20000 is more than --num_training_steps 10000"),
-        ("--max_train_tokens lots", "'lots' is no number of tokens"),
+        ("--max_train_tokens lots", "'lots' is not a number of tokens"),
         ("--max_train_tokens 5", "less than one update"),
         ("--max_train_tokens 1B --num_training_steps 5", "exclude each other"),
         (
@@ -73,7 +73,10 @@ def test_max_train_tokens(monkeypatch):
         ("--weight_decay -1", "--weight_decay -1.0: it must be 0 or more"),
         ("--tags " + "x" * 65, "tags of at most 64 characters"),
         ("--keep_checkpoints 0", "--keep_checkpoints 0: it must be above 0"),
-        ("--keep_every 100", "--keep_every says what --keep_checkpoints N leaves: give that too"),
+        (
+            "--keep_every 100",
+            "--keep_every has an effect only with --keep_checkpoints N: give both",
+        ),
         ("--lr nan", "--lr nan: it must be above 0"),
         ("--optimiser adam", "unrecognized arguments: --optimiser adam"),
     ],
@@ -88,4 +91,5 @@ def test_bad_arguments(monkeypatch, words, message):
     [("", False), ("--packing", True), ("--packing --packing_attention within", "within")],
 )
 def test_what_the_packing_flags_ask_for(flags, packing):
-    assert packing_of(llama_parser().parse_args(["--model_config", "x", *flags.split()])) is packing
+    args = llama_parser().parse_args(["--model_config", "x", *flags.split()])
+    assert packing_mode(args.packing, args.packing_attention) is packing

@@ -73,7 +73,7 @@ def test_a_measured_peak_is_quick_and_draws_no_number(monkeypatch):
     monkeypatch.setattr(
         torch, "mm", lambda left, right, out: (seen.append(left.dtype), time.sleep(0.03))
     )
-    assert measured_flops(CPU, torch.bfloat16, 100, most_seconds=0.2) == pytest.approx(
+    assert measured_flops(CPU, torch.bfloat16, 100, max_seconds=0.2) == pytest.approx(
         2e6 / 0.03, rel=0.3
     )
     assert set(seen) == {torch.bfloat16} and 4 <= len(seen) <= 7

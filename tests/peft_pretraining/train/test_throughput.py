@@ -1,4 +1,4 @@
-"""Throughput, MFU, the clock, the profile and the collector, each alone."""
+"""Throughput, MFU, the meter, the profile and the collector, each alone."""
 
 from pathlib import Path
 
@@ -7,21 +7,27 @@ import torch
 
 from peft_pretraining.parallel.process_group import DistributedContext
 from peft_pretraining.train import throughput
-from peft_pretraining.train.throughput import ThroughputMeter, Work, peak_memory
+from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep, peak_memory
 
 CPU = torch.device("cpu")
 ALONE, SECOND = DistributedContext(0, 0, 1, CPU), DistributedContext(1, 1, 2, CPU)
 
-# ---------------------------------------------------------------------------------------------------------------- the clock
+# ---------------------------------------------------------------------------------------------------------------- the meter
 
-TEXT = Work(
-    "tokens", examples=4, length=100, flops=5_000, peak=1e5, peak_source="data sheet", processes=2
+TEXT = WorkPerStep(
+    "tokens",
+    batch_size=4,
+    length=100,
+    flops=5_000,
+    peak_flops=1e5,
+    peak_source="data sheet",
+    world_size=2,
 )
 
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock's hands, to be moved by hand."""
+    """A meter's hands, to be moved by hand."""
     hands = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: hands[0])
     return hands
@@ -35,16 +41,16 @@ def data_that_take(seconds, now):
 
 def test_rates_since_the_last_logged_line(now):
     """Two updates of 4 rows in 2 s after a resumed run's first; 3 s of evaluation do not count."""
-    clock = ThroughputMeter(TEXT, update=10, seen=3_000, device=CPU)
+    meter = ThroughputMeter(TEXT, update=10, items=3_000, device=CPU)
     now[0] += 4
-    clock.rates(11, 3_300)
-    for _ in clock.timed(data_that_take(0.125, now)):
+    meter.rates(11, 3_300)
+    for _ in meter.time_data(data_that_take(0.125, now)):
         now[0] += 0.5
-    clock.analysis_took(0.125, True)
-    with clock.pause():
+    meter.add_analysis(0.125, True)
+    with meter.exclude():
         now[0] += 3
     now[0] += 0.75
-    record = clock.rates(13, 3_900)
+    record = meter.rates(13, 3_900)
     assert record.pop("peak_memory_bytes") > 10e6
     mfu = 8 * 5_000 / 2 / 1e5
     wanted = {
@@ -52,7 +58,7 @@ def test_rates_since_the_last_logged_line(now):
         "useful_mfu": 0.75 * mfu, "data_wait_seconds": 0.25, "analysis_seconds": 0.125, "seconds": 6,
     }  # fmt: skip
     assert record == pytest.approx(wanted)
-    summary = clock.summary()
+    summary = meter.summary()
     assert summary.pop("peak_memory_bytes") > 10e6
     wanted = {
         "train_seconds": 6, "tokens_per_second": 150, "examples_per_second": 2, "batches_per_second": 0.5, "padded_tokens_per_second": 200,
@@ -63,23 +69,31 @@ def test_rates_since_the_last_logged_line(now):
 
 
 def test_images_have_no_pads(now):
-    clock = ThroughputMeter(
-        Work("images", examples=8, length=1, flops=500, peak=1e4, peak_source="", processes=1),
+    meter = ThroughputMeter(
+        WorkPerStep(
+            "images",
+            batch_size=8,
+            length=1,
+            flops=500,
+            peak_flops=1e4,
+            peak_source="",
+            world_size=1,
+        ),
         0,
         0,
         CPU,
     )
     now[0] += 2
-    record = clock.rates(1, 8)
+    record = meter.rates(1, 8)
     assert record["throughput_images"] == 4 and record["mfu"] == 0.2
     assert not {"useful_mfu", "throughput_padded_images"} & set(record)
 
 
 def test_run_json_has_the_peak_of_one_process():
-    work = Work.of("tokens", 4, 100, 5_000, torch.float32, ALONE)
+    work = WorkPerStep.measure("tokens", 4, 100, 5_000, torch.float32, ALONE)
     assert work.record() == {
         "flops_per_token": 50,
-        "peak_flops": work.peak,
+        "peak_flops": work.peak_flops,
         "peak_source": "measured matrix product",
     }
     assert TEXT.record()["peak_flops"] == 5e4
