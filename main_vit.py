@@ -62,6 +62,7 @@ from peft_pretraining.optim.nonfinite import NonFiniteGuard
 from peft_pretraining.optim.optimizer import build_optimizer, scaled_decays
 from peft_pretraining.optim.schedule import lr_factor
 from peft_pretraining.parallel.ddp import data_parallel
+from peft_pretraining.parallel.fsdp import exchange_gradients
 from peft_pretraining.parallel.process_group import DistributedContext, process_group
 from peft_pretraining.records.console import start_logging
 from peft_pretraining.records.run_dir import run_lock
@@ -103,6 +104,10 @@ from peft_pretraining.vision.transforms import training_transform, validation_tr
 AWD_FACTOR = 50
 
 # -------------------------------------------------------------------------------------- schedules
+#
+# The recipe counts in epochs, the loop in updates. An epoch is a pass over the training images,
+# without those that do not fill a whole update. Learning rate and weight decay follow cosines over
+# the whole run and are functions of the update's number alone.
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,10 @@ def rates(args: argparse.Namespace, update: int, schedule: Schedule) -> tuple[fl
 
 
 # ----------------------------------------------------------------------------------------- set-up
+#
+# Words used below. An update is one step of the optimizer on a global batch of images. A rank is
+# one process with one device. Each rank processes its part of the global batch in --update_freq
+# micro-batches of --batch_size images.
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,8 @@ class Run:
 
 def main(args: argparse.Namespace) -> None:
     """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+    # The stack releases the lock of the run folder and turns garbage collection on again, however
+    # the run ends.
     with process_group(kind=args.device) as ranks, contextlib.ExitStack() as stack:
         # All ranks start from the same seed, so they build the same initial weights and no rank
         # has to send its own to the others.
@@ -235,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
             return
 
         # Model, weight-decay scheduler, optimizer.
-        training = build_training(args, build_model(args).to(ranks.device))
+        training = make_training(args, build_model(args).to(ranks.device))
         parameters = sum(p.numel() for p in training.model.parameters())
         logger.info(
             f"model: {current_name(args.model)}, {parameters / 1e6:.1f}M parameters, "
@@ -275,9 +286,9 @@ def main(args: argparse.Namespace) -> None:
             ranks,
         )
         logger.info(
-            f"update: {args.total_batch_size:,} images, in {args.update_freq} micro-batches of "
-            f"{args.batch_size:,} on each of {ranks.world_size} ranks; {schedule.total:,} updates "
-            f"in {args.epochs} epochs of {schedule.epoch:,}, {schedule.warmup:,} of warm-up"
+            f"update: {args.total_batch_size:,} images = micro-batches of {args.batch_size:,} x "
+            f"{args.update_freq} accumulated x {ranks.world_size} ranks; {args.epochs} epochs of "
+            f"{schedule.epoch:,} updates, {schedule.warmup:,} updates of warm-up"
         )
         description = {
             "name": args.name,
@@ -302,9 +313,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------- model and optimizer
+#
+# AlphaDecay gives each module of the model, such as the attention projection of a block, a weight
+# decay of its own. So each module is a parameter group of the optimizer, and changing a decay means
+# writing a number into its group: any optimizer with decoupled or L2 decay can be used as it is.
 
 
-def build_training(args: argparse.Namespace, model: nn.Module) -> Training:
+def make_training(args: argparse.Namespace, model: nn.Module) -> Training:
     """Build what the flags ask for around a model: weight-decay scheduler, optimizer, average.
 
     Raises:
@@ -315,8 +330,10 @@ def build_training(args: argparse.Namespace, model: nn.Module) -> Training:
         # it comes before the optimizer.
         decay = decay_from_flags(args, model, AWD_FACTOR)
         if decay is None:
+            # Uniform decay: one group, whose decay nobody changes.
             groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
         else:
+            # One group for each module that is balanced, and one for the other parameters.
             groups = decay.param_groups()
         # Muon takes the hidden matrices only, so the groups are split by whether they are hidden.
         optimizer = build_optimizer(
@@ -331,7 +348,9 @@ def build_training(args: argparse.Namespace, model: nn.Module) -> Training:
         raise UserError(str(error)) from error
     ema = None
     if args.model_ema:
-        device = "cpu" if args.model_ema_force_cpu else None
+        # The average needs memory for the weights once more. It can be kept in CPU memory, which
+        # costs a copy of the weights in each update.
+        device = torch.device("cpu") if args.model_ema_force_cpu else None
         ema = ModelEmaV3(model, args.model_ema_decay, device=device)
     return Training(
         model,
@@ -363,6 +382,9 @@ def loss_and_mixup(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:
 
 
 # ------------------------------------------------------------------------------------------- data
+#
+# An image is augmented with random numbers that depend on the seed, the epoch and the image only:
+# the result is the same for any number of ranks and of reading processes, and after a resume.
 
 
 def build_train_loader(
@@ -391,6 +413,7 @@ def build_val_loader(
     samples = ValidationSamples(data.validation, validation_transform(args), args.skip_bad_images)
     rank, world_size = (ranks.rank, ranks.world_size) if args.dist_eval else (0, 1)
     if rank != ranks.rank:
+        # The other ranks evaluate nothing, and wait for the sums of rank 0.
         return iter(())
     pin_memory = args.pin_mem and ranks.device.type == "cuda"
     return validation_batches(
@@ -399,6 +422,14 @@ def build_val_loader(
 
 
 # ---------------------------------------------------------------------------------- training loop
+#
+# In an update that is neither logged nor analysed the host does not wait for the device (Muon
+# excepted): what it must know is computed on the CPU or read one update later. So on a GPU the host
+# runs ahead, and the device is never idle.
+#
+# A run that is stopped after any update and resumed from its checkpoint is bit-identical to one
+# that was never stopped. Therefore nothing in the loop may depend on time, on earlier random draws
+# or on counters that are not in the checkpoint.
 
 
 def train(args: argparse.Namespace, run: Run, progress: dict, ranks: DistributedContext) -> None:
@@ -407,11 +438,13 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     model, optimizer = training.model, training.optimizer
     criterion, mixup = loss_and_mixup(args)
     guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
+    # DistributedDataParallel orders its gradient buckets in its first pass. A pass on a dummy batch
+    # makes the order the same in new and in resumed runs, and with it the rounding of the sums.
     parallel = data_parallel(
         model, guard, ranks, lambda wrapped: dummy_forward(wrapped, args.input_size, ranks)
     )
     statistics = BatchNormSync(model, ranks)
-    stop = StopRequest()
+    stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
     meter = ThroughputMeter(
         run.work, progress["update_step"], progress["images_seen"], ranks.device
     )
@@ -467,8 +500,9 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         log.advance()
         # The running statistics of BatchNorm were changed in the forward pass. If the update was
         # skipped they are restored.
-        statistics.settle(optimizer.found_inf)
+        statistics.settle(optimizer.found_inf)  # type: ignore[attr-defined]  # set in step 4
         if training.ema:
+            # After a skipped update the average moves once more towards the same weights.
             training.ema.update(model)
         progress = progress | {
             "update_step": update,
@@ -525,6 +559,10 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
 
 
 # -------------------------------------------------------------------------------------- gradients
+#
+# The loss of an update is the mean over the images of the global batch. All micro-batches of all
+# ranks have the same size, so it is the mean of their means: each contributes its mean divided by
+# their number, and the gradients of micro-batches and ranks only have to be added.
 
 
 def forward_backward(
@@ -563,11 +601,10 @@ def forward_backward(
             images, targets = mixup(images, targets)
         # The ranks sum their gradients once for each update, in the backward pass of the last
         # micro-batch. Before it each rank accumulates its own.
-        last = i == len(micro_batches) - 1
-        exchange = contextlib.nullcontext() if last or ranks.world_size == 1 else model.no_sync()
-        with exchange, autocast_context(args, ranks):
-            # All micro-batches of all ranks have the same size, so the mean over the global batch
-            # is the mean of theirs.
+        with (
+            exchange_gradients(model, i == len(micro_batches) - 1),
+            autocast_context(args, ranks),
+        ):
             loss = criterion(model(images), targets) / (len(micro_batches) * ranks.world_size)
         loss.backward()
         total += loss.detach()
@@ -591,13 +628,21 @@ def autocast_context(args: argparse.Namespace, ranks: DistributedContext) -> tor
 
 
 # --------------------------------------------------------------------- evaluation and checkpoints
+#
+# A checkpoint contains the model and its moving average, timm's description of the model, the
+# optimizer, the random states of all ranks, the state of the weight-decay scheduler and the
+# counters. It is copied to host memory while the next update's gradients are computed, and written
+# by a thread while the training goes on. The models with the best accuracy are exported besides, in
+# a format that timm loads.
 
 
 def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: DistributedContext) -> None:
     """Evaluate the model of --resume or --finetune and print its accuracy."""
     model = build_model(args)  # with the weights of --finetune, if it is given
     if args.resume:
-        load_weights(model, find_checkpoint(args.resume, Path(args.output_dir), ranks) / WEIGHTS)
+        checkpoint = find_checkpoint(args.resume, Path(args.output_dir), ranks)
+        assert checkpoint is not None  # only `auto` finds none without an error
+        load_weights(model, checkpoint / WEIGHTS)
     model = model.to(ranks.device)
     batches = build_val_loader(args, data, ranks)
     result = evaluate(model, batches, ranks, autocast_context(args, ranks))

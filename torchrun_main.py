@@ -55,7 +55,7 @@ from peft_pretraining.data.loader import Step, merge_positions, training_batches
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import LlamaConfig, load_config
 from peft_pretraining.model.linear_cross_entropy import resolve_loss
-from peft_pretraining.model.modeling_llama import build_model, target_positions
+from peft_pretraining.model.modeling_llama import TrainableLlama, build_model, target_positions
 from peft_pretraining.optim.gradients import clip_gradients, mean_decay
 from peft_pretraining.optim.nonfinite import NonFiniteGuard
 from peft_pretraining.optim.optimizer import build_optimizer
@@ -95,6 +95,10 @@ from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
 AWD_FACTOR = 100
 
 # ----------------------------------------------------------------------------------------- set-up
+#
+# Words used below. An update is one step of the optimizer on a global batch of --total_batch_size
+# sequences. A rank is one process with one device. Each rank processes its part of the global batch
+# in micro-batches of --batch_size sequences, as many as its memory allows.
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Run:
 
 def main(args: argparse.Namespace) -> None:
     """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+    # The stack releases the lock of the run folder and turns garbage collection on again, however
+    # the run ends.
     with process_group(args.single_cuda) as ranks, contextlib.ExitStack() as stack:
         # All ranks start from the same seed, so they build the same initial weights and no rank
         # has to send its own to the others.
@@ -196,10 +202,10 @@ def main(args: argparse.Namespace) -> None:
             ranks,
         )
         logger.info(
-            f"update: {args.total_batch_size:,} sequences of {args.max_length:,} tokens = "
-            f"{args.total_batch_size * args.max_length:,} tokens, in "
-            f"{args.gradient_accumulation} micro-batches of {args.batch_size:,} on each of "
-            f"{ranks.world_size} ranks; {args.num_training_steps:,} updates"
+            f"update: {args.total_batch_size * args.max_length:,} tokens = sequences of "
+            f"{args.max_length:,} x micro-batches of {args.batch_size:,} x "
+            f"{args.gradient_accumulation} accumulated x {ranks.world_size} ranks; "
+            f"{args.num_training_steps:,} updates, {args.warmup_steps:,} of warm-up"
         )
         description = {
             "name": args.name,
@@ -223,6 +229,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------- model and optimizer
+#
+# The model is LLaMA (Touvron et al. 2023, arXiv 2302.13971) in the sizes of configs/. AlphaDecay
+# gives each of its modules, such as the query projection of a block, a weight decay of its own. So
+# each module is a parameter group of the optimizer, and changing a decay means writing a number
+# into its group: any optimizer with decoupled or L2 decay can be used as it is.
 
 
 def prepare_model(
@@ -239,8 +250,11 @@ def prepare_model(
         # float32 and computes in bfloat16 under autocast.
         model = model.to(torch.bfloat16)
     if args.activation_checkpointing:
+        # Activations need most of the memory at long sequences and large micro-batches.
         model.gradient_checkpointing_enable()
     if args.packing_attention == "within":
+        # A packed sequence contains several documents. By default a token attends to all before it,
+        # also to those of other documents, as in most published pretraining runs.
         model.confine_attention(end_of_document)
     configure_loss_and_compile(args, model, checkpoint, ranks)
     if args.parallel == "fsdp" and ranks.world_size > 1:
@@ -251,7 +265,10 @@ def prepare_model(
 
 
 def configure_loss_and_compile(
-    args: argparse.Namespace, model: nn.Module, checkpoint: Path | None, ranks: DistributedContext
+    args: argparse.Namespace,
+    model: TrainableLlama,
+    checkpoint: Path | None,
+    ranks: DistributedContext,
 ) -> None:
     """Resolve --loss auto and --compile auto, then configure the model."""
     head = model.lm_head.weight
@@ -260,13 +277,14 @@ def configure_loss_and_compile(
     args.loss = resolve_loss(
         args.loss,
         args.batch_size * (args.max_length - 1),
-        tuple(head.shape),
+        (head.shape[0], head.shape[1]),
         head.dtype,
         autocast_context(args, ranks),
         ranks,
         loss_of_checkpoint=saved_argument(checkpoint, "loss") if checkpoint else None,
     )
     model.set_loss(args.loss)
+    # Compilation takes minutes on a CPU, and needs a compiler that may not be installed.
     if args.compile == "auto":
         args.compile = "on" if ranks.device.type == "cuda" else "off"
     if args.compile == "on":
@@ -285,6 +303,7 @@ def build_decay_and_optimizer(
     try:
         decay = decay_from_flags(args, model, AWD_FACTOR)
         if decay is None:
+            # Uniform decay: one group, whose decay nobody changes.
             groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
         else:
             # One group for each module that is balanced, and one for the other parameters.
@@ -298,6 +317,14 @@ def build_decay_and_optimizer(
 
 
 # ---------------------------------------------------------------------------------- training loop
+#
+# In an update that is neither logged nor analysed the host does not wait for the device (Muon
+# excepted): what it must know is computed on the CPU or read one update later. So on a GPU the host
+# runs ahead, and the device is never idle.
+#
+# A run that is stopped after any update and resumed from its checkpoint is bit-identical to one
+# that was never stopped. Therefore nothing in the loop may depend on time, on earlier random draws
+# or on counters that are not in the checkpoint.
 
 
 def train(args: argparse.Namespace, run: Run, progress: dict, ranks: DistributedContext) -> None:
@@ -305,9 +332,11 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     model, optimizer, checkpoints, log = run.model, run.optimizer, run.checkpoints, run.log
     autocast = autocast_context(args, ranks)
     guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
+    # DistributedDataParallel orders its gradient buckets in its first pass. A pass on a dummy batch
+    # makes the order the same in new and in resumed runs, and with it the rounding of the sums.
     dummy_batch = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
     parallel = data_parallel(model, guard, ranks, lambda wrapped: wrapped(dummy_batch, dummy_batch))
-    stop = StopRequest()
+    stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
     meter = ThroughputMeter(
         run.work, progress["update_step"], progress["tokens_seen"], ranks.device
     )
@@ -427,6 +456,12 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
 
 
 # -------------------------------------------------------------------------------------- gradients
+#
+# The loss of an update is the mean over all target tokens of the global batch,
+#     L = (sum of the negative log-likelihoods over ranks, micro-batches and tokens) / targets.
+# Each micro-batch contributes its sum divided by the global number of targets, so that the
+# gradients of micro-batches and ranks only have to be added. Averaging the means of micro-batches
+# instead would give tokens in batches with much padding a larger weight.
 
 
 def forward_backward(
@@ -462,8 +497,6 @@ def forward_backward(
         # The ranks sum their gradients once for each update, in the backward pass of the last
         # micro-batch. Before it each rank accumulates its own.
         with exchange_gradients(model, i == len(micro_batches) - 1), autocast:
-            # Divided by the targets of the whole global batch, not by those of the micro-batch:
-            # every target token has the same weight, however the padding is distributed.
             loss = model(*inputs) / max(targets, 1)
         loss.backward()
         total += loss.detach()
@@ -483,6 +516,11 @@ def autocast_context(args: argparse.Namespace, ranks: DistributedContext) -> tor
 
 
 # --------------------------------------------------------------------- evaluation and checkpoints
+#
+# A checkpoint contains the model in transformers' format, the tokenizer, the optimizer, the random
+# states of all ranks, the state of the weight-decay scheduler and the position in the data. It is
+# copied to host memory while the next update's gradients are computed, and written by a thread
+# while the training goes on.
 
 
 def evaluate_and_log(
@@ -517,7 +555,7 @@ def evaluate_and_log(
 def save(args: argparse.Namespace, run: Run, progress: dict, ranks: DistributedContext) -> None:
     """Start to save a checkpoint in the background, with everything that a resumed run needs."""
     positions = ranks.gather(progress["position"])
-    if ranks.is_main:
+    if positions is not None:  # on rank 0
         # The positions of all ranks are merged, so that a run can be resumed with another number
         # of ranks.
         progress = progress | {"position": merge_positions(positions)}

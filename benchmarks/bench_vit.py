@@ -71,7 +71,7 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace, data):
         self.args = args
-        self.training = main_vit.build_training(args, build_model(args).to(RANKS.device))
+        self.training = main_vit.make_training(args, build_model(args).to(RANKS.device))
         self.schedule = main_vit.Schedule.of(args, len(data.train))
         self.loss = main_vit.loss_and_mixup(args)
         self.guard = NonFiniteGuard(self.training.optimizer, RANKS, 10)

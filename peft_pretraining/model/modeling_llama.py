@@ -7,6 +7,7 @@ padding.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import LlamaConfig, load_config  # noqa: F401
-from peft_pretraining.model.linear_cross_entropy import LOSSES
+from peft_pretraining.model.linear_cross_entropy import LOSSES, Loss
 
 
 def check_supported(config: LlamaConfig) -> None:
@@ -134,15 +135,17 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class LossMixin:
-    """The loss and the compilation that the training loop needs, for any LLaMA implementation.
+class TrainableLlama(nn.Module):
+    """The interface that the training loop needs, for any implementation of LLaMA.
 
-    The class that inherits from it has `model`, which returns hidden states, and `lm_head`, whose
-    weight is [vocab, hidden].
+    It adds the loss and the compilation of the blocks. The class that inherits from it has `model`,
+    which returns hidden states, and `lm_head`, whose weight is [vocab, hidden].
     """
 
-    model: nn.Module
+    model: Any
     lm_head: nn.Linear
+    loss: Loss
+    gradient_checkpointing_enable: Any
 
     def set_loss(self, name: str) -> None:
         """Set how the loss is computed: a name of `LOSSES`."""
@@ -167,6 +170,16 @@ class LossMixin:
             labels.flatten().index_select(0, positions + 1),
         )
 
+    def confine_attention(self, end_of_document: int) -> None:
+        """Restrict the attention in packed sequences to the tokens of the same document.
+
+        The rotary positions need no reset, because attention depends on relative positions only.
+
+        Args:
+            end_of_document: the token id that ends each document.
+        """
+        raise NotImplementedError("only the built-in model can do this")
+
     def compile_blocks(self) -> None:
         """Compile the blocks with torch.compile; all blocks share one graph, for static shapes.
 
@@ -178,7 +191,7 @@ class LossMixin:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
 
-class LlamaForCausalLM(LossMixin, nn.Module):
+class LlamaForCausalLM(TrainableLlama):
     """LLaMA with its output layer, randomly initialised.
 
     Args:
@@ -208,13 +221,7 @@ class LlamaForCausalLM(LossMixin, nn.Module):
         self.model.gradient_checkpointing = True
 
     def confine_attention(self, end_of_document: int) -> None:
-        """Restrict the attention in packed sequences to the tokens of the same document.
-
-        The rotary positions need no reset, because attention depends on relative positions only.
-
-        Args:
-            end_of_document: the token id that ends each document.
-        """
+        """Restrict the attention in packed sequences; see the base class."""
         self.model.end_of_document = end_of_document
 
     def forward(
@@ -288,7 +295,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def build_model(config: LlamaConfig, use_hf_model: bool = False) -> nn.Module:
+def build_model(config: LlamaConfig, use_hf_model: bool = False) -> TrainableLlama:
     """Build a randomly initialised LLaMA.
 
     Args:
@@ -304,7 +311,7 @@ def build_model(config: LlamaConfig, use_hf_model: bool = False) -> nn.Module:
     # Imported only here: transformers' model takes seconds to import.
     import transformers
 
-    class TransformersLlamaWithLoss(LossMixin, transformers.LlamaForCausalLM):
+    class TransformersLlamaWithLoss(TrainableLlama, transformers.LlamaForCausalLM):
         def forward(
             self,
             input_ids: Tensor,

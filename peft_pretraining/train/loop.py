@@ -4,7 +4,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -51,7 +51,8 @@ def next_step(
     """
     step: StepType | None = None
     try:
-        step, problem = next(steps), checkpoints.failure()
+        step = next(steps)
+        problem = checkpoints.failure()
     except UserError as error:
         problem = str(error)
     # These tensors are on the CPU, so that no rank waits for its GPU.
@@ -59,7 +60,7 @@ def next_step(
     *counts, stopping = ranks.sum(torch.tensor([*count(step), must_stop])).tolist()
     if not stopping:
         return step, counts, None
-    reports = ranks.broadcast(ranks.gather((problem, stop.signal)))
+    reports: Any = ranks.broadcast(ranks.gather((problem, stop.signal)))
     problems = [
         f"{problem} (rank {rank})" if ranks.world_size > 1 else problem
         for rank, (problem, _) in enumerate(reports)

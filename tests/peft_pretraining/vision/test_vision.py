@@ -494,7 +494,7 @@ def test_a_checkpoint_has_the_statistics_of_its_call(tmp_path, monkeypatch):
 def test_a_checkpoint_keeps_the_moving_average(tmp_path):
     args = arguments("--model", "test_resnet", "--model_ema", "true")
     torch.manual_seed(0)
-    training = main_vit.build_training(args, build_model(args))
+    training = main_vit.make_training(args, build_model(args))
     with torch.no_grad():
         training.model.fc.weight.add_(1)
     training.ema.update(training.model)
@@ -508,7 +508,7 @@ def test_a_checkpoint_keeps_the_moving_average(tmp_path):
         extra=training.averages(),
     )
     checkpoints.finish()
-    other = main_vit.build_training(args, build_model(args))
+    other = main_vit.make_training(args, build_model(args))
     folder = tmp_path / "checkpoints/model_1"
     assert load_checkpoint(
         folder, other.model, other.optimizer, ALONE, other.config, other.averages()
