@@ -38,9 +38,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 # The command line is parsed before the imports below, which take seconds because of torch and timm:
-# --help and a mistyped flag are answered at once.
+# --help and a mistyped flag are answered at once. The imports create hundreds of thousands of
+# objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
 if __name__ == "__main__":
     ARGUMENTS = parse_or_exit(parse_arguments)
+    gc.disable()
 
 import torch
 import torch.nn as nn
@@ -98,6 +100,10 @@ from peft_pretraining.vision.loader import (
 from peft_pretraining.vision.models import build_model, current_name, forward_flops, load_weights
 from peft_pretraining.vision.seeding import TRAINING, seed_everything
 from peft_pretraining.vision.transforms import training_transform, validation_transform
+
+if __name__ == "__main__":
+    gc.enable()
+    gc.freeze()  # later collections do not examine the objects of the libraries again
 
 # The baseline AWD (Ghiasi et al. 2023) takes a coefficient lambda_awd. The published ViT runs set
 # it to 50 times the weight decay eta.

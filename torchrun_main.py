@@ -35,10 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     return complete(parse_with_method(parser), world_size=int(os.environ.get("WORLD_SIZE", 1)))
 
 
-# The command line is parsed before the imports below, which take seconds because of torch: --help
-# and a mistyped flag are answered at once.
+# The command line is parsed before the imports below, which take seconds because of torch:
+# --help and a mistyped flag are answered at once. The imports create hundreds of thousands of
+# objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
 if __name__ == "__main__":
     ARGUMENTS = parse_or_exit(parse_arguments)
+    gc.disable()
 
 import torch
 import torch.nn as nn
@@ -89,6 +91,10 @@ from peft_pretraining.train.step import (
     update_weight_decays,
 )
 from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
+
+if __name__ == "__main__":
+    gc.enable()
+    gc.freeze()  # later collections do not examine the objects of the libraries again
 
 # The baseline AWD (Ghiasi et al. 2023) takes a coefficient lambda_awd. The published LLaMA runs set
 # it to 100 times the weight decay eta.
