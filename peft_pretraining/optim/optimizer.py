@@ -8,8 +8,6 @@ from torch.optim import Optimizer
 
 from peft_pretraining.errors import UserError
 
-OPTIMIZERS = ("adam", "adamw", "muon")
-
 
 def build_optimizer(
     name: str,

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path("scripts").resolve()))
 import plan as planner  # noqa: E402
 
-from peft_pretraining.model.modeling_llama import Block, load_config, rotation_of_positions  # noqa: E402
+from peft_pretraining.model.modeling_llama import Block, load_config, rotary_cos_sin  # noqa: E402
 
 LAYERS, D, F, V = 12, 768, 2048, 32000  # llama_130m
 BLOCK = 4 * D * D + 3 * D * F + 2 * D
@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_keeps(dtype):
     x = torch.randn(
         2, 64, config.hidden_size, dtype=next(block.parameters()).dtype, requires_grad=True
     )
-    rotation = rotation_of_positions(64, config.head_dim, 1e4, x.device, x.dtype)
+    rotation = rotary_cos_sin(64, config.head_dim, 1e4, x.device, x.dtype)
     kept = {}
 
     def keep(tensor):

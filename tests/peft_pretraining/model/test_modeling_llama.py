@@ -139,8 +139,8 @@ def test_published_sizes(size, millions):
     "content, message",
     [
         ("{", "is not valid JSON"),
-        ([1], "is no LLaMA config"),
-        ({"model_type": "gpt2"}, 'must hold "model_type": "llama"'),
+        ([1], "is not a LLaMA config"),
+        ({"model_type": "gpt2"}, 'must contain "model_type": "llama"'),
         (
             BASE | {"model_type": "llama", "hidden_size": "big"},
             "hidden_size must be a whole number above 0, not 'big'",

@@ -836,7 +836,7 @@ def test_command_with_a_stream(files, monkeypatch):
             ["--model_config", "x.json"],
             "argument --model_config: not allowed with argument --vocab_size; see --help",
         ),
-        (["--max_tokens", "many"], "'many' is no number of tokens"),
+        (["--max_tokens", "many"], "'many' is not a number of tokens"),
         (["--processes", "0"], "--processes 0: it must be above 0"),
         (["--seed", "-1"], "--seed -1: it must be 0 or more"),
         (["--tokenizer", "nowhere"], "Tokenizer nowhere is neither a folder"),

@@ -1,81 +1,10 @@
-"""Evaluation and arguments, each alone."""
-
-import contextlib
-import math
+"""The arguments of torchrun_main.py."""
 
 import pytest
-import torch
-import transformers
 
 import torchrun_main
-from peft_pretraining.cli.llama import llama_parser, packing_of
+from peft_pretraining.cli.llama import llama_parser, packing_mode
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.modeling_llama import build_model
-from peft_pretraining.parallel.process_group import DistributedContext
-from peft_pretraining.train.evaluation import evaluate, perplexity
-
-ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
-
-
-def small_model():
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return build_model(transformers.LlamaConfig(**sizes, pad_token_id=None))
-
-
-# -------------------------------------------------------------------------------------------------------------- evaluation
-
-
-def test_perplexity_counts_every_target_once():
-    """Pads, a short last batch, and the published code's count that starts at 1."""
-    model = small_model()
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for rows in (4, 4, 1):
-        ids = torch.randint(64, (rows, 10), generator=generator)
-        labels = ids.clone()
-        for row in range(rows):
-            labels[row, int(torch.randint(1, 11, (), generator=generator)) :] = -100
-        batches.append({"input_ids": ids, "labels": labels})
-    losses, means = [], []
-    with torch.no_grad():
-        for batch in batches:
-            log_p = model(batch["input_ids"]).log_softmax(-1)
-            targets = [
-                (r, t)
-                for r, row in enumerate(batch["labels"])
-                for t in range(1, 10)
-                if row[t] != -100
-            ]
-            batch_losses = [-float(log_p[r, t - 1, batch["labels"][r, t]]) for r, t in targets]
-            losses += batch_losses
-            means.append(sum(batch_losses) / max(1, len(batch_losses)))
-    result = evaluate(model, batches, ALONE, contextlib.nullcontext())
-    assert result["eval_tokens"] == len(losses)
-    assert result["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
-    assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
-    assert result["reference_perplexity"] == pytest.approx(math.exp(sum(means) / 4), rel=1e-6)
-
-
-def test_a_batch_without_targets():
-    model = small_model()
-    ids = torch.arange(10)[None]
-    batches = [{"input_ids": ids, "labels": labels} for labels in (ids, torch.full_like(ids, -100))]
-    result = evaluate(model, batches, ALONE, contextlib.nullcontext())
-    assert model.training
-    assert result["reference_perplexity"] == pytest.approx(
-        math.exp(result["eval_loss"] / 2)
-    )  # it counts for nothing
-    assert perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
-
-
-# --------------------------------------------------------------------------------------------------------------- arguments
 
 
 def arguments(monkeypatch, *words, world_size=1):
@@ -130,7 +59,7 @@ def test_max_train_tokens(monkeypatch):
         ("--num_training_steps ten", "invalid int value: 'ten'"),
         ("--batch_size 0", "--batch_size 0: it must be above 0"),
         ("--warmup_steps 20000", "--warmup_steps 20000 is more than --num_training_steps 10000"),
-        ("--max_train_tokens lots", "'lots' is no number of tokens"),
+        ("--max_train_tokens lots", "'lots' is not a number of tokens"),
         ("--max_train_tokens 5", "less than one update"),
         ("--max_train_tokens 1B --num_training_steps 5", "exclude each other"),
         (
@@ -144,7 +73,10 @@ def test_max_train_tokens(monkeypatch):
         ("--weight_decay -1", "--weight_decay -1.0: it must be 0 or more"),
         ("--tags " + "x" * 65, "tags of at most 64 characters"),
         ("--keep_checkpoints 0", "--keep_checkpoints 0: it must be above 0"),
-        ("--keep_every 100", "--keep_every says what --keep_checkpoints N leaves: give that too"),
+        (
+            "--keep_every 100",
+            "--keep_every has an effect only with --keep_checkpoints N: give both",
+        ),
         ("--lr nan", "--lr nan: it must be above 0"),
         ("--optimiser adam", "unrecognized arguments: --optimiser adam"),
     ],
@@ -159,4 +91,5 @@ def test_bad_arguments(monkeypatch, words, message):
     [("", False), ("--packing", True), ("--packing --packing_attention within", "within")],
 )
 def test_what_the_packing_flags_ask_for(flags, packing):
-    assert packing_of(llama_parser().parse_args(["--model_config", "x", *flags.split()])) is packing
+    args = llama_parser().parse_args(["--model_config", "x", *flags.split()])
+    assert packing_mode(args.packing, args.packing_attention) is packing
