@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from peft_pretraining.checkpoint.format import (
     WEIGHTS,
 )
 from peft_pretraining.checkpoint.random_state import random_states
-from peft_pretraining.checkpoint.retention import delete_old, remove_folder, remove_leftovers
+from peft_pretraining.checkpoint.retention import delete_old, remove_leftovers
 from peft_pretraining.checkpoint.snapshot import HostSnapshot, Tensors
 from peft_pretraining.checkpoint.state import (
     optimizer_state_by_name,
@@ -32,7 +31,7 @@ from peft_pretraining.checkpoint.state import (
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.fsdp import is_fsdp
 from peft_pretraining.parallel.process_group import DistributedContext
-from peft_pretraining.utils.files import fsync_path, reason_of, sha256_file
+from peft_pretraining.utils.files import atomic_directory, reason_of, sha256_file
 
 
 class Checkpoints:
@@ -224,9 +223,8 @@ def write_checkpoint(
     Raises:
         OSError: The disk is full or cannot be written.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        (temporary / OPTIMIZER).parent.mkdir(parents=True)
+    with atomic_directory(folder) as temporary:
+        (temporary / OPTIMIZER).parent.mkdir()
         for name, tensors in weights.items():
             save_file(tensors, temporary / name, metadata={"format": "pt"})
         if tokenizer is not None:
@@ -238,35 +236,16 @@ def write_checkpoint(
         # Opened by Python: torch.save to a path reports a full disk without the system's reason.
         with (temporary / OPTIMIZER).open("wb") as file:
             torch.save(states, file)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {
             p.relative_to(temporary).as_posix(): {
                 "size": p.stat().st_size,
                 "sha256": sha256_file(p),
             }
-            for p in files
+            for p in sorted(temporary.rglob("*"))
+            if p.is_file()
         }
         (temporary / MANIFEST).write_text(_json(manifest), encoding="utf8")
-        for path in (*temporary.rglob("*"), temporary):
-            fsync_path(path)
-        _commit(temporary, folder)
-    except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def _commit(temporary: Path, folder: Path) -> None:
-    """Give a written checkpoint its final name, in place of an existing one of the same update."""
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        folder.rename(replaced)
-    temporary.rename(folder)
-    # At the first save, the folder of the run has a new entry as well.
-    for parent in (folder.parent, folder.parent.parent):
-        fsync_path(parent)
-    if replaced.exists():
-        remove_folder(replaced)

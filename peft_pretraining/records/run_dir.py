@@ -7,11 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from peft_pretraining.errors import UserError
 from peft_pretraining.records.jsonl import LOCK, METRICS, MODULES
-from peft_pretraining.utils.files import atomic_write
+from peft_pretraining.utils.files import atomic_write, exclusive_lock
 
 # What a file system without locks answers.
 NO_LOCK_ERRORS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -46,29 +44,26 @@ def run_lock(folder: Path, timeout: float = 15.0) -> Iterator[None]:
         UserError: The folder cannot be written, or another process holds the lock.
     """
     path = folder / LOCK
-    lock = FileLock(path, poll_interval=0.2)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        holder = _process_number(path)
-        with contextlib.suppress(NotImplementedError):  # the file system has no locks
-            lock.acquire(timeout=timeout)
-        if holder is not None:
-            path.write_text(f"{os.getpid()}\n")
-    except Timeout as error:
-        hint = f" (its number is {holder})" if holder else ""
-        raise UserError(
-            f"another process trains in {folder}: end it{hint}, or give another --save_dir"
-        ) from error
-    except OSError as error:
-        if error.errno not in NO_LOCK_ERRORS:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            holder = _process_number(path)
+            with contextlib.suppress(NotImplementedError):  # the file system has no locks
+                stack.enter_context(exclusive_lock(path, timeout))
+            if holder is not None:
+                path.write_text(f"{os.getpid()}\n")
+        except TimeoutError as error:
+            hint = f" (its number is {holder})" if holder else ""
             raise UserError(
-                f"the run folder {folder} cannot be written ({error.strerror}): "
-                "give another --save_dir"
+                f"another process trains in {folder}: end it{hint}, or give another --save_dir"
             ) from error
-    try:
+        except OSError as error:
+            if error.errno not in NO_LOCK_ERRORS:
+                raise UserError(
+                    f"the run folder {folder} cannot be written ({error.strerror}): "
+                    "give another --save_dir"
+                ) from error
         yield
-    finally:
-        lock.release()
 
 
 def _process_number(path: Path) -> str | None:
@@ -106,7 +101,7 @@ def copy_records_up_to(source: Path, target: Path, step: int) -> None:
                 continue  # the incomplete last line of a killed run
         try:
             target.mkdir(parents=True, exist_ok=True)
-            atomic_write(target / name, "".join(kept).encode())
+            atomic_write(target / name, "".join(kept))
         except OSError as error:
             raise UserError(
                 f"{target / name} cannot be written ({error.strerror}): "

@@ -146,4 +146,4 @@ def mean_alphas(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    atomic_write(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+    atomic_write(path, json.dumps(content, indent=2, default=str) + "\n")

@@ -518,7 +518,7 @@ def write_report(
     body = comparison_page(runs) if others else single_page(runs[0])
     text = page(" vs. ".join(run.label for run in runs), body)
     try:
-        atomic_write(path, text.encode())
+        atomic_write(path, text, durable=False)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from None
     return path

@@ -31,15 +31,16 @@ def test_a_damaged_checkpoint_is_kept_but_not_counted(run, trained):
 def test_a_failed_deletion_is_a_warning(run, trained, logged_warnings, monkeypatch, failing_call):
     folder, _ = run
     checkpoints = Checkpoints(folder, SINGLE_PROCESS, keep=1)
-    rename = Path.rename
+    owner = {"rename": Path, "rmtree": shutil}[failing_call]
+    original = getattr(owner, failing_call)
 
-    def refuse(path, *arguments):
-        if failing_call == "rename" and not str(*arguments).endswith("deleted"):
-            return rename(path, *arguments)
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refuse(path, *arguments, **options):
+        if any(str(name).endswith(".deleted") for name in (path, *arguments)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(Path, "rename") if failing_call == "rename" else (shutil, "rmtree"), refuse)
+        patch.setattr(owner, failing_call, refuse)
         checkpoints.save(30, *trained, {}, None)
         checkpoints.finish()
     assert logged_warnings and all(
