@@ -1,3 +1,5 @@
+"""LLaMA, compared with transformers' implementation."""
+
 import json
 import shutil
 
@@ -179,7 +181,7 @@ def test_unsupported_models_are_refused(changes):
         build_model(config_of(**changes))
 
 
-# --------------------------------------------------------------------------------------------------------- packed documents
+# --------------------------------------------------------------------------------- packed documents
 
 
 def test_attention_within_documents():
@@ -201,13 +203,13 @@ def test_attention_within_documents():
     torch.testing.assert_close(model(**packed), alone)
 
 
-# ----------------------------------------------------------------------------------------------------------- compiled blocks
+# ---------------------------------------------------------------------------------- compiled blocks
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("end", [None, 1])
 def test_compiled_blocks(end):
-    """The same numbers, one graph for all blocks and no second one in later steps, and names as they were."""
+    """Compilation changes no number and no name, and one graph serves all blocks and steps."""
     from torch._dynamo.utils import counters
 
     results = []
