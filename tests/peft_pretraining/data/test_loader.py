@@ -10,7 +10,7 @@ from peft_pretraining.errors import UserError
 
 
 def test_the_next_step_is_read_while_one_is_used():
-    """By another thread, one step ahead and no further, in the same order; the thread ends with the loop."""
+    """A thread reads one step ahead and no further, in the same order, and ends with the loop."""
     made, threads = [], set()
     second = threading.Event()
 

@@ -1,3 +1,5 @@
+"""The implementations of the output layer's loss, compared with the plain one."""
+
 import pytest
 import torch
 import torch.nn as nn
@@ -70,7 +72,10 @@ def test_no_target_at_all(name):
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16(autocast):
-    """Parameters in bfloat16, or float32 ones under autocast: as far from float32 as the plain loss, and no further."""
+    """The error beside float32 is not larger than that of the plain loss.
+
+    The parameters are bfloat16, or float32 under autocast.
+    """
     with torch.autocast("cpu", enabled=False):
         exact = results(plain_loss, *inputs())
     given = inputs(dtype=torch.float32 if autocast else torch.bfloat16)
@@ -98,7 +103,10 @@ def test_it_goes_backward_once():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_a_model_add_up(tied):
-    """Two micro-batches, one of them with pads and one row without a target, and a head that may be the embedding too."""
+    """Two micro-batches, one with padding and a sequence without a target.
+
+    The output layer may be tied to the embedding.
+    """
     config = {
         "vocab_size": 101,
         "hidden_size": 16,
@@ -129,7 +137,7 @@ def test_target_positions():
     assert target_positions(labels).tolist() == [0, 2]
 
 
-# -------------------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 
 
 def test_the_fastest_is_measured(monkeypatch):

@@ -30,7 +30,10 @@ def test_flops_of_llama_60m_by_hand():
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
 def test_flops_are_those_that_torch_counts(changes):
-    """Of a whole pass forward and backward, with attention as plain products: the formula counts each of them and nothing else."""
+    """The formula counts the products of a forward and a backward pass, and nothing else.
+
+    Attention is computed as plain matrix products, which torch's counter sees.
+    """
     sizes = dict(
         vocab_size=96,
         hidden_size=32,
@@ -48,7 +51,7 @@ def test_flops_are_those_that_torch_counts(changes):
 
 
 def test_peaks(monkeypatch):
-    """The data sheet's by the device's name, for bfloat16 alone; whatever else is measured, and says so."""
+    """The data sheet's rate is used for bfloat16 on known GPUs only; others are measured."""
     monkeypatch.setattr(flops, "measured_flops", lambda device, dtype: 1.0)
     for name, expected in (
         ("NVIDIA H100 80GB HBM3", (989e12, "H100 bf16 dense, data sheet")),
@@ -65,7 +68,10 @@ def test_peaks(monkeypatch):
 
 
 def test_a_measured_peak_is_quick_and_draws_no_number(monkeypatch):
-    """It counts 2 n^3 operations, in the run's type; products in which nothing happens for 0.03 s last as long as they wait."""
+    """It counts 2 n^3 operations, in the dtype of the run.
+
+    With products that do nothing but sleep for 0.03 s, the rate must follow from that time.
+    """
     before, start = torch.random.get_rng_state(), time.perf_counter()
     assert measured_flops(CPU, torch.float32, 256) > 1e7
     assert time.perf_counter() - start < 2 and torch.equal(before, torch.random.get_rng_state())
