@@ -291,7 +291,7 @@ def train(
         # Clip, leave out what is not finite, set the decays (an analysis every `unbalancedWD_every` updates), step.
         lr, eta = rates(args, update, schedule)
         norm = updates.make(update, loss, lr, eta)
-        statistics.settle(optimizer.found_inf)
+        statistics.commit_or_roll_back(optimizer.found_inf)
         if training.ema:
             training.ema.update(model)
         progress = progress | {
@@ -459,7 +459,7 @@ def build_train_loader(
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each update after `update` updates."""
     samples = TrainingSamples(
-        data.train, training_transform(args, data.mirrors), args.skip_bad_images, args.seed
+        data.train, training_transform(args, data.allow_flip), args.skip_bad_images, args.seed
     )
     return training_steps(
         samples, update=update, total_batch_size=args.total_batch_size, batch_size=args.batch_size, rank=ranks.rank,
