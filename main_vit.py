@@ -398,7 +398,7 @@ def build_train_loader(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro-batches of each update after `update` updates."""
     samples = TrainingSamples(
-        data.train, training_transform(args, data.mirrors), args.skip_bad_images, args.seed
+        data.train, training_transform(args, data.allow_flip), args.skip_bad_images, args.seed
     )
     return training_steps(
         samples,
@@ -509,7 +509,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         log.advance()
         # The running statistics of BatchNorm were changed in the forward pass. If the update was
         # skipped they are restored.
-        statistics.settle(optimizer.found_inf)  # type: ignore[attr-defined]  # set in step 4
+        statistics.commit_or_roll_back(optimizer.found_inf)  # type: ignore[attr-defined]  # set in step 4
         if training.ema:
             # After a skipped update the average moves once more towards the same weights.
             training.ema.update(model)

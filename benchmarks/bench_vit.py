@@ -93,7 +93,7 @@ class Ours:
         with scaled_decays(optimizer, eta):
             optimizer.step()
         optimizer.zero_grad()
-        self.statistics.settle(optimizer.found_inf)
+        self.statistics.commit_or_roll_back(optimizer.found_inf)
         self.training.ema.update(model)
 
 
