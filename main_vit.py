@@ -26,44 +26,56 @@ from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
 from alphadecay import AWD, AdaDecay, AlphaDecay
-from alphadecay.decoupled import split_hidden
-from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
-from alphadecay.methods import parse_arguments as parse_with_method
-from peft_pretraining import run_log
-from peft_pretraining.checkpoint import WEIGHTS, find_checkpoint, seed_random_generators, step_of
-from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
+from alphadecay.cli.flags import add_flags, decay_from_flags, register_decay_hooks
+from alphadecay.cli.presets import parse_arguments as parse_with_method
+from alphadecay.param_groups import split_hidden
+from peft_pretraining.checkpoint.find import find_checkpoint
+from peft_pretraining.checkpoint.format import WEIGHTS, step_of
+from peft_pretraining.checkpoint.random_state import seed_random_generators
+from peft_pretraining.checkpoint.save import Checkpoints
+from peft_pretraining.cli.main import run_script
+from peft_pretraining.cli.vit import complete, vit_parser
 from peft_pretraining.errors import UserError
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.interruption import StopRequest
-from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.resuming import begin_records, resume, starting_point
-from peft_pretraining.saving import Checkpoints
-from peft_pretraining.schedule import lr_factor
-from peft_pretraining.throughput import BACKWARD, Clock, Work, profiled
-from peft_pretraining.vision.accuracy import evaluate
-from peft_pretraining.vision.arguments import complete, vit_parser
-from peft_pretraining.vision.batches import (
-    TRAINING,
+from peft_pretraining.optim.gradients import mean_decay
+from peft_pretraining.optim.nonfinite import NonFiniteGuard
+from peft_pretraining.optim.optimizer import build_optimizer
+from peft_pretraining.optim.schedule import lr_factor
+from peft_pretraining.parallel.ddp import data_parallel
+from peft_pretraining.parallel.process_group import (
+    DistributedContext,
+    process_group,
+    world_size_of_environment,
+)
+from peft_pretraining.records.console import start_logging
+from peft_pretraining.records.run_dir import run_lock
+from peft_pretraining.records.run_log import RunLog
+from peft_pretraining.train.flops import BACKWARD_TO_FORWARD_RATIO
+from peft_pretraining.train.loop import (
+    finish,
+    next_step,
+    report,
+    stop_early,
+    without_garbage_collection,
+)
+from peft_pretraining.train.profiler import profiled
+from peft_pretraining.train.resume import resolve_checkpoint, resume, truncate_records_after
+from peft_pretraining.train.signals import StopRequest
+from peft_pretraining.train.step import Updates
+from peft_pretraining.train.throughput import ThroughputMeter, Work
+from peft_pretraining.vision.batchnorm import BatchNormSync
+from peft_pretraining.vision.datasets import ImageData, load_images
+from peft_pretraining.vision.evaluation import evaluate
+from peft_pretraining.vision.export import export, timm_config
+from peft_pretraining.vision.loader import (
     Batch,
     TrainingSamples,
     ValidationSamples,
-    seed_everything,
     training_steps,
-    training_transform,
     validation_batches,
-    validation_transform,
 )
-from peft_pretraining.vision.images import ImageData, load_images
-from peft_pretraining.vision.models import (
-    RunningStatistics,
-    build_model,
-    current_name,
-    export,
-    forward_flops,
-    load_weights,
-    timm_config,
-)
+from peft_pretraining.vision.models import build_model, current_name, forward_flops, load_weights
+from peft_pretraining.vision.seeding import TRAINING, seed_everything
+from peft_pretraining.vision.transforms import training_transform, validation_transform
 
 AWD_FACTOR = 50  # lambda_awd = 50 * eta in the published ViT runs
 
@@ -89,7 +101,9 @@ class Schedule:
         """images: of the training set; those that do not fill an update are left out of an epoch."""
         epoch = images // args.total_batch_size
         if not epoch:
-            raise UserError(f"an update of {args.total_batch_size} images is more than the {images} there are: give a smaller --batch_size")
+            raise UserError(
+                f"an update of {args.total_batch_size} images is more than the {images} there are: give a smaller --batch_size"
+            )
         warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * epoch
         return cls(epoch, warmup, args.epochs * epoch)
 
@@ -116,9 +130,11 @@ class Training:
 def main() -> None:
     args = parse_arguments()
     with process_group(kind=args.device) as ranks, contextlib.ExitStack() as held:
-        run_log.start_logging(ranks)
+        start_logging(ranks)
         seed_random_generators(args.seed)
-        data = load_images(args.data_set, args.data_path, args.eval_data_path, args.nb_classes, ranks.first)
+        data = load_images(
+            args.data_set, args.data_path, args.eval_data_path, args.nb_classes, ranks.first
+        )
         logger.info(f"data: {data.description}")
         schedule = Schedule.of(args, len(data.train))
         if args.eval:
@@ -126,8 +142,10 @@ def main() -> None:
 
         run_folder = Path(args.output_dir)
         if ranks.is_main:
-            held.enter_context(run_log.run_lock(run_folder))
-        place, checkpoint = starting_point(args.resume or ("auto" if args.auto_resume else None), run_folder, ranks)
+            held.enter_context(run_lock(run_folder))
+        place, checkpoint = resolve_checkpoint(
+            args.resume or ("auto" if args.auto_resume else None), run_folder, ranks
+        )
         if checkpoint and place == "auto" and step_of(checkpoint) >= schedule.total:
             logger.info(f"{run_folder} has made all {schedule.total} updates: nothing to do")
             if ranks.is_main:
@@ -151,13 +169,35 @@ def main() -> None:
         elif isinstance(training.decay, AlphaDecay):
             training.decay.updates = progress["update_step"]
         if ranks.is_main:
-            begin_records(checkpoint, run_folder)
-        description = {"name": args.name, "arguments": vars(args), "model_config": training.config, "parameters": parameters}
+            truncate_records_after(checkpoint, run_folder)
+        description = {
+            "name": args.name,
+            "arguments": vars(args),
+            "model_config": training.config,
+            "parameters": parameters,
+        }
         project = args.project if args.enable_wandb and not args.no_wandb else None
         dtype = torch.bfloat16 if args.use_amp else torch.float32
-        work = Work.of("images", args.total_batch_size, 1, training.flops * (1 + BACKWARD), dtype, ranks)
-        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags, project, unit="images")
-        checkpoints = Checkpoints(run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error)
+        work = Work.of(
+            "images",
+            args.total_batch_size,
+            1,
+            training.flops * (1 + BACKWARD_TO_FORWARD_RATIO),
+            dtype,
+            ranks,
+        )
+        log = RunLog(
+            run_folder,
+            ranks,
+            description | work.record(),
+            args.wandb_name,
+            args.tags,
+            project,
+            unit="images",
+        )
+        checkpoints = Checkpoints(
+            run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error
+        )
         held.enter_context(without_garbage_collection())
         train(args, training, data, schedule, progress, work, checkpoints, log, ranks)
 
@@ -166,20 +206,43 @@ def make_training(args: argparse.Namespace, model: nn.Module) -> Training:
     """The model with the optimizer and the decays that the flags ask for."""
     try:
         decay = decay_from_flags(args, model, AWD_FACTOR)  # None: uniform
-        groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr, tuple(args.opt_betas), args.opt_eps)
-        reshape_from_flags(args, optimizer)  # --adamc, --cautious_decay
+        groups = (
+            decay.param_groups()
+            if decay
+            else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+        )
+        optimizer = build_optimizer(
+            args.optimizer,
+            split_hidden(groups, model),
+            args.lr,
+            tuple(args.opt_betas),
+            args.opt_eps,
+        )
+        register_decay_hooks(args, optimizer)  # --adamc, --cautious_decay
     except ValueError as error:
         raise UserError(str(error)) from error
-    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None) if args.model_ema else None
-    return Training(model, ema, optimizer, decay, timm_config(args, model), forward_flops(model, args.input_size))
+    ema = (
+        ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+        if args.model_ema
+        else None
+    )
+    return Training(
+        model,
+        ema,
+        optimizer,
+        decay,
+        timm_config(args, model),
+        forward_flops(model, args.input_size),
+    )
 
 
-def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: Ranks) -> None:
+def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: DistributedContext) -> None:
     model = build_model(args)
     if args.resume:
         load_weights(model, find_checkpoint(args.resume, Path(args.output_dir), ranks) / WEIGHTS)
-    result = evaluate(model.to(ranks.device), validation_part(args, data, ranks), ranks, autocast_of(args, ranks))
+    result = evaluate(
+        model.to(ranks.device), build_val_loader(args, data, ranks), ranks, autocast_of(args, ranks)
+    )
     logger.info(f"{accuracy_line(result)} over {result['eval_images']:,} images")
 
 
@@ -188,17 +251,21 @@ def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: Ranks) -> No
 
 def train(
     args, training: Training, data: ImageData, schedule: Schedule, progress: dict, work: Work, checkpoints: Checkpoints,
-    log: run_log.RunLog, ranks: Ranks,
+    log: RunLog, ranks: DistributedContext,
 ) -> None:  # fmt: skip
     model, optimizer, decay = training.model, training.optimizer, training.decay
     criterion, mixup = loss_and_mixup(args)
-    guard = FiniteGuard(optimizer, ranks, args.max_skipped_updates)
-    parallel = data_parallel(model, guard, ranks, lambda parallel: two_images_through(parallel, args.input_size, ranks))
-    statistics = RunningStatistics(model, ranks)
+    guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
+    parallel = data_parallel(
+        model, guard, ranks, lambda parallel: dummy_forward(parallel, args.input_size, ranks)
+    )
+    statistics = BatchNormSync(model, ranks)
     stop = StopRequest()
-    clock = Clock(work, progress["update_step"], progress["images_seen"], ranks.device)
-    steps = clock.timed(training_part(args, data, progress["update_step"], ranks))
-    updates = Updates(model, optimizer, decay, args.clip_grad or 0.0, guard, checkpoints, clock, log)
+    clock = ThroughputMeter(work, progress["update_step"], progress["images_seen"], ranks.device)
+    steps = clock.timed(build_train_loader(args, data, progress["update_step"], ranks))
+    updates = Updates(
+        model, optimizer, decay, args.clip_grad or 0.0, guard, checkpoints, clock, log
+    )
     log.modules(decay.history if decay else [])
     log.start_bar(schedule.total, progress["update_step"])
     saved = progress["update_step"]
@@ -207,12 +274,19 @@ def train(
         micro_batches, _, ending = next_step(steps, stop, checkpoints, ranks)
         if ending is None:
             loss = forward_backward(parallel, micro_batches, update, args, criterion, mixup, ranks)
-            ending = guard.failure(update - 1, "--clip_grad")  # of the update before, which the device has long finished
+            ending = guard.failure(
+                update - 1, "--clip_grad"
+            )  # of the update before, which the device has long finished
         if ending is not None:
             if saved < update - 1:
                 save(args, training, data, progress, checkpoints)
             checkpoints.finish()
-            return end_early(ending, update - 1, log, "the same command goes on" if args.save_ckpt else "nothing was saved")
+            return stop_early(
+                ending,
+                update - 1,
+                log,
+                "the same command goes on" if args.save_ckpt else "nothing was saved",
+            )
 
         # Clip, leave out what is not finite, set the decays (an analysis every `unbalancedWD_every` updates), step.
         lr, eta = rates(args, update, schedule)
@@ -220,23 +294,49 @@ def train(
         statistics.settle(optimizer.found_inf)
         if training.ema:
             training.ema.update(model)
-        progress = progress | {"update_step": update, "images_seen": progress["images_seen"] + args.total_batch_size}
+        progress = progress | {
+            "update_step": update,
+            "images_seen": progress["images_seen"] + args.total_batch_size,
+        }
 
         epochs, inside = divmod(update, schedule.epoch)
         last = update == schedule.total
         logs = last or update % args.log_every == 0
         evaluates = inside == 0 and not args.disable_eval
-        saves = last or inside == 0 and epochs % args.save_ckpt_freq == 0 or args.save_every and update % args.save_every == 0
+        saves = (
+            last
+            or inside == 0
+            and epochs % args.save_ckpt_freq == 0
+            or args.save_every
+            and update % args.save_every == 0
+        )
         if logs or update == 1:
             guard.read()
-            record = {"update_step": update, "epoch": update / schedule.epoch, "loss": float(ranks.sum(loss)), "lr": lr}
-            record |= {"weight_decay": eta * mean_decay(optimizer), "grad_norm": float(norm), "skipped_updates": guard.skipped}
-            log.metrics(record | {"images_seen": progress["images_seen"]} | clock.rates(update, progress["images_seen"]))
+            record = {
+                "update_step": update,
+                "epoch": update / schedule.epoch,
+                "loss": float(ranks.sum(loss)),
+                "lr": lr,
+            }
+            record |= {
+                "weight_decay": eta * mean_decay(optimizer),
+                "grad_norm": float(norm),
+                "skipped_updates": guard.skipped,
+            }
+            log.metrics(
+                record
+                | {"images_seen": progress["images_seen"]}
+                | clock.rates(update, progress["images_seen"])
+            )
         if evaluates:
             with clock.pause():
                 try:
-                    progress["best"] = evaluate_and_log(args, training, data, progress, last, log, ranks)
-                except UserError:  # an image that cannot be read, say: nothing trained is lost for it
+                    progress["best"] = evaluate_and_log(
+                        args, training, data, progress, last, log, ranks
+                    )
+                except (
+                    UserError
+                ):  # an image that cannot be read, say: nothing trained is lost for it
                     save(args, training, data, progress, checkpoints)
                     checkpoints.finish()
                     raise
@@ -261,7 +361,7 @@ def loss_and_mixup(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:
     return SoftTargetCrossEntropy(), mixup
 
 
-def two_images_through(model: nn.Module, size: int, ranks: Ranks) -> torch.Tensor:
+def dummy_forward(model: nn.Module, size: int, ranks: DistributedContext) -> torch.Tensor:
     """A pass that leaves the model as it is: BatchNorm's statistics too, and no block dropped."""
     model.eval()
     logits = model(torch.zeros(2, 3, size, size, device=ranks.device))
@@ -271,12 +371,14 @@ def two_images_through(model: nn.Module, size: int, ranks: Ranks) -> torch.Tenso
 
 def forward_backward(
     model: nn.Module, micro_batches: list[Batch], update: int, args: argparse.Namespace, criterion: nn.Module, mixup: Mixup | None,
-    ranks: Ranks,
+    ranks: DistributedContext,
 ) -> torch.Tensor:  # fmt: skip
     """Gradients of one update. Returns this rank's share of the mean loss over the global batch."""
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        images, targets = (batch[key].to(ranks.device, non_blocking=True) for key in ("images", "labels"))
+        images, targets = (
+            batch[key].to(ranks.device, non_blocking=True) for key in ("images", "labels")
+        )
         # Mixup and drop path draw the same for a micro-batch, whatever rank it is on and whatever came before.
         seed_everything(args.seed, TRAINING, update, ranks.rank * len(micro_batches) + i)
         if mixup:
@@ -292,28 +394,59 @@ def forward_backward(
 
 def rates(args: argparse.Namespace, update: int, schedule: Schedule) -> tuple[float, float]:
     """The learning rate of an update, and eta over --weight_decay."""
-    lr = args.lr * lr_factor(update, "cosine", schedule.total, schedule.warmup, args.min_lr / args.lr)
+    lr = args.lr * lr_factor(
+        update, "cosine", schedule.total, schedule.warmup, args.min_lr / args.lr
+    )
     if args.weight_decay_end is None:
         return lr, 1.0
-    return lr, lr_factor(update, "cosine", schedule.total, 0, args.weight_decay_end / args.weight_decay)
+    return lr, lr_factor(
+        update, "cosine", schedule.total, 0, args.weight_decay_end / args.weight_decay
+    )
 
 
 def evaluate_and_log(
-    args: argparse.Namespace, training: Training, data: ImageData, progress: dict, last: bool, log: run_log.RunLog, ranks: Ranks
+    args: argparse.Namespace,
+    training: Training,
+    data: ImageData,
+    progress: dict,
+    last: bool,
+    log: RunLog,
+    ranks: DistributedContext,
 ) -> dict:
     """Evaluate the model and its moving average, and export them where they are the best so far. Returns the best top-1 of each."""
     start, autocast, best = time.perf_counter(), autocast_of(args, ranks), dict(progress["best"])
-    models = {"best": training.model} | ({"best_ema": training.ema.module} if args.model_ema_eval else {})
-    results = {name: evaluate(model, validation_part(args, data, ranks), ranks, autocast) for name, model in models.items()}
-    record = results["best"] | {f"ema_{key}": results["best_ema"][key] for key in ("top1", "top5") if "best_ema" in results}
+    models = {"best": training.model} | (
+        {"best_ema": training.ema.module} if args.model_ema_eval else {}
+    )
+    results = {
+        name: evaluate(model, build_val_loader(args, data, ranks), ranks, autocast)
+        for name, model in models.items()
+    }
+    record = results["best"] | {
+        f"ema_{key}": results["best_ema"][key] for key in ("top1", "top5") if "best_ema" in results
+    }
     update = progress["update_step"]
-    log.metrics({"update_step": update, **record, "eval_seconds": time.perf_counter() - start, "final": last})
+    log.metrics(
+        {
+            "update_step": update,
+            **record,
+            "eval_seconds": time.perf_counter() - start,
+            "final": last,
+        }
+    )
     for name, result in results.items():
-        logger.info(f"update {update}: {accuracy_line(result)}{' of the moving average' if name == 'best_ema' else ''}")
+        logger.info(
+            f"update {update}: {accuracy_line(result)}{' of the moving average' if name == 'best_ema' else ''}"
+        )
         if result["top1"] > best.get(name, -1.0):
             best[name] = result["top1"]
             if ranks.is_main and args.save_ckpt:
-                export(models[name], training.config, {"update_step": update} | result, Path(args.output_dir) / name)
+                export(
+                    models[name],
+                    training.config,
+                    {"update_step": update} | result,
+                    Path(args.output_dir) / name,
+                )
     return best
 
 
@@ -321,42 +454,66 @@ def accuracy_line(result: dict) -> str:
     return f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['eval_loss']:.4f}"
 
 
-def training_part(args: argparse.Namespace, data: ImageData, update: int, ranks: Ranks) -> Iterator[list[Batch]]:
+def build_train_loader(
+    args: argparse.Namespace, data: ImageData, update: int, ranks: DistributedContext
+) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each update after `update` updates."""
-    samples = TrainingSamples(data.train, training_transform(args, data.mirrors), args.skip_bad_images, args.seed)
+    samples = TrainingSamples(
+        data.train, training_transform(args, data.mirrors), args.skip_bad_images, args.seed
+    )
     return training_steps(
         samples, update=update, total_batch_size=args.total_batch_size, batch_size=args.batch_size, rank=ranks.rank,
         world_size=ranks.world_size, workers=args.num_workers, pin_memory=args.pin_mem and ranks.device.type == "cuda",
     )  # fmt: skip
 
 
-def validation_part(args: argparse.Namespace, data: ImageData, ranks: Ranks) -> Iterator[Batch]:
+def build_val_loader(
+    args: argparse.Namespace, data: ImageData, ranks: DistributedContext
+) -> Iterator[Batch]:
     """This rank's share of the validation images: with --dist_eval false all of them on rank 0."""
     samples = ValidationSamples(data.validation, validation_transform(args), args.skip_bad_images)
     rank, world_size = (ranks.rank, ranks.world_size) if args.dist_eval else (0, 1)
     if rank != ranks.rank:
         return iter(())
     pin_memory = args.pin_mem and ranks.device.type == "cuda"
-    return validation_batches(samples, args.batch_size, rank, world_size, args.num_workers, pin_memory)
+    return validation_batches(
+        samples, args.batch_size, rank, world_size, args.num_workers, pin_memory
+    )
 
 
-def autocast_of(args: argparse.Namespace, ranks: Ranks) -> torch.autocast:
+def autocast_of(args: argparse.Namespace, ranks: DistributedContext) -> torch.autocast:
     return torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.use_amp)
 
 
-def save(args: argparse.Namespace, training: Training, data: ImageData, progress: dict, checkpoints: Checkpoints) -> None:
+def save(
+    args: argparse.Namespace,
+    training: Training,
+    data: ImageData,
+    progress: dict,
+    checkpoints: Checkpoints,
+) -> None:
     if not args.save_ckpt:
         return
-    arguments = {name: getattr(args, name) for name in DECIDES_THE_FUTURE}
+    arguments = {name: getattr(args, name) for name in RESUME_ARGUMENTS}
     decay = training.decay.state_dict() if training.decay else None
-    trainer = {"progress": progress, "decay": decay, "data": data.fingerprint, "arguments": arguments}
+    trainer = {
+        "progress": progress,
+        "decay": decay,
+        "data": data.fingerprint,
+        "arguments": arguments,
+    }
     checkpoints.save(
-        progress["update_step"], training.model, training.optimizer, trainer, config=training.config, extra=training.averages()
+        progress["update_step"],
+        training.model,
+        training.optimizer,
+        trainer,
+        config=training.config,
+        extra=training.averages(),
     )
 
 
 # Arguments that a resumed run must share with the checkpoint to be the same run.
-DECIDES_THE_FUTURE = (
+RESUME_ARGUMENTS = (
     "drop_path", "imagenet_default_mean_and_std", "skip_bad_images", "seed", "color_jitter", "aa", "smoothing", "train_interpolation",
     "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "batch_size",
     "total_batch_size", "epochs", "optimizer", "lr", "weight_decay", "weight_decay_end", "opt_eps", "opt_betas", "clip_grad", "min_lr",

@@ -16,26 +16,70 @@ from peft_pretraining.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
-    from peft_pretraining.arguments import Parser, token_count
-    from peft_pretraining.prepared import SHARD_TOKENS
+    from peft_pretraining.cli.common import Parser
+    from peft_pretraining.cli.llama import token_count
+    from peft_pretraining.data.tokenized.format import SHARD_TOKENS
 
-    parser = Parser(prog="prepare_data", description="Tokenise a source once, for training with --dataset FOLDER.", allow_abbrev=False)
+    parser = Parser(
+        prog="prepare_data",
+        description="Tokenise a source once, for training with --dataset FOLDER.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--dataset", required=True, metavar="SOURCE", help="c4, pydocs, a .jsonl/.txt/.parquet file or a folder of them")
+    add(
+        "--dataset",
+        required=True,
+        metavar="SOURCE",
+        help="c4, pydocs, a .jsonl/.txt/.parquet file or a folder of them",
+    )
     add("--tokenizer", help="a hub name, a folder, or bpe: trained on the corpus (default t5-base)")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--vocab_size", type=int, metavar="N", help="embeddings of the models that will be trained, at least")
-    size.add_argument("--model_config", metavar="FILE", help="the config of such a model, e.g. configs/llama_60m.json")
-    add("--output", required=True, metavar="FOLDER", help="what is made; --dataset FOLDER of the training")
-    add("--processes", type=int, metavar="N", help="that tokenise (default: one for each core, or 1 for a small source)")
-    add("--max_tokens", type=token_count, metavar="N", help="of the training set, at most, e.g. 100M (default: all)")
-    add("--validation_file", metavar="FILE", help="default: the source's own validation split, or 1 %% held out by hash")
+    size.add_argument(
+        "--vocab_size",
+        type=int,
+        metavar="N",
+        help="embeddings of the models that will be trained, at least",
+    )
+    size.add_argument(
+        "--model_config",
+        metavar="FILE",
+        help="the config of such a model, e.g. configs/llama_60m.json",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="what is made; --dataset FOLDER of the training",
+    )
+    add(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="that tokenise (default: one for each core, or 1 for a small source)",
+    )
+    add(
+        "--max_tokens",
+        type=token_count,
+        metavar="N",
+        help="of the training set, at most, e.g. 100M (default: all)",
+    )
+    add(
+        "--validation_file",
+        metavar="FILE",
+        help="default: the source's own validation split, or 1 %% held out by hash",
+    )
     add(
         "--target_eval_tokens", type=token_count, metavar="N",
         help="keep the fewest validation documents that hold so many targets in rows of 256 (default: all documents)",
     )  # fmt: skip
     add("--seed", type=int, default=5, help="of the order in which C4's files are read (default 5)")
-    add("--shard_tokens", type=token_count, default=SHARD_TOKENS, metavar="N", help=f"tokens in a file (default {SHARD_TOKENS:,})")
+    add(
+        "--shard_tokens",
+        type=token_count,
+        default=SHARD_TOKENS,
+        metavar="N",
+        help=f"tokens in a file (default {SHARD_TOKENS:,})",
+    )
     args = parser.parse_args()
     for name in ("vocab_size", "processes", "max_tokens", "target_eval_tokens", "shard_tokens"):
         value = getattr(args, name)
@@ -47,10 +91,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    from peft_pretraining.data import open_documents, tokenizing_processes
-    from peft_pretraining.modeling_llama import load_config
-    from peft_pretraining.prepared import prepare
-    from peft_pretraining.sources import cache_folder
+    from peft_pretraining.data.dataset import open_documents
+    from peft_pretraining.data.tokenized.cache import tokenizing_processes
+    from peft_pretraining.data.tokenized.writer import prepare
+    from peft_pretraining.model.modeling_llama import load_config
+    from peft_pretraining.utils.cache import cache_folder
 
     args = parse_arguments()
     vocab_size = args.vocab_size or load_config(args.model_config).vocab_size
@@ -67,16 +112,20 @@ def main() -> None:
 
 def summary(folder: Path, made: int, seconds: float) -> str:
     """One line: what the folder holds, and how fast the tokens were made that were not there yet."""
-    from peft_pretraining.prepared import open_prepared
+    from peft_pretraining.data.tokenized.reader import open_prepared
 
     shards = [shard for split in open_prepared(folder).index["splits"].values() for shard in split]
     documents, tokens = (sum(shard[key] for shard in shards) for key in ("documents", "tokens"))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    speed = f"{made:,} of them tokenised now, {made / seconds:,.0f} tokens/s" if made else "all there already"
+    speed = (
+        f"{made:,} of them tokenised now, {made / seconds:,.0f} tokens/s"
+        if made
+        else "all there already"
+    )
     return f"{folder}: {documents:,} documents, {tokens:,} tokens ({speed}), {size:,.1f} MB"
 
 
 if __name__ == "__main__":
-    from peft_pretraining.distributed import run_script
+    from peft_pretraining.cli.main import run_script
 
     sys.exit(run_script(main))

@@ -1,1 +1,1 @@
-"""What main_vit.py needs beside the shared parts: images, their batches, models, accuracy."""
+"""Image classification: datasets, augmentation, timm models, evaluation."""

@@ -5,22 +5,15 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
-import json
-import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
-from peft_pretraining.checkpoint import WEIGHTS, unshared_state
-from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.vision.batches import evaluation_crop, normalisation
 
 # ------------------------------------------------------------------------------------------------------------------ making one
 
@@ -41,9 +34,13 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         raise UserError(f"--model {args.model} is no model of timm {timm.__version__}: {hint}")
     stochastic_depth = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     try:
-        model = timm.create_model(name, num_classes=args.nb_classes, **model_arguments(args), **stochastic_depth)
+        model = timm.create_model(
+            name, num_classes=args.nb_classes, **model_arguments(args), **stochastic_depth
+        )
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"--model {name} cannot be built with these --model_kwargs, --input_size and --drop_path: {error}") from error
+        raise UserError(
+            f"--model {name} cannot be built with these --model_kwargs, --input_size and --drop_path: {error}"
+        ) from error
     with torch.no_grad():
         for parameter in model.get_classifier().parameters():
             parameter.mul_(args.head_init_scale)
@@ -61,7 +58,9 @@ def model_arguments(args: argparse.Namespace) -> dict:
     return ({"img_size": args.input_size} if fixed else {}) | dict(args.model_kwargs)
 
 
-def load_weights(model: nn.Module, path: Path, keys: str = "model|module", prefix: str = "") -> None:
+def load_weights(
+    model: nn.Module, path: Path, keys: str = "model|module", prefix: str = ""
+) -> None:
     """Load the weights of a file where they fit; a classifier of another number of classes keeps its fresh ones.
 
     keys: names, separated by |, under one of which the file may hold the weights; prefix: of the names that count.
@@ -70,23 +69,41 @@ def load_weights(model: nn.Module, path: Path, keys: str = "model|module", prefi
     from loguru import logger
 
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        found = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a .safetensors or .pth file of weights") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): give a .safetensors or .pth file of weights"
+        ) from error
     found = next((found[key] for key in keys.split("|") if isinstance(found.get(key), dict)), found)
-    found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in found.items()
+        if name.startswith(prefix)
+    }
     classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
     fresh = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in found and found[name].shape == tensor.shape:
             continue
         if id(tensor) not in classifier:
-            what = f"has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}" if name in found else "is missing"
-            raise UserError(f"{path} does not fit the model: {name} {what}; give the --model and --input_size that it was trained with")
+            what = (
+                f"has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+                if name in found
+                else "is missing"
+            )
+            raise UserError(
+                f"{path} does not fit the model: {name} {what}; give the --model and --input_size that it was trained with"
+            )
         found.pop(name, None)
         fresh.append(name)
     unused = model.load_state_dict(found, strict=False).unexpected_keys
-    logger.info(f"weights from {path}; fresh: {', '.join(fresh) or 'none'}; not used: {', '.join(unused) or 'none'}")
+    logger.info(
+        f"weights from {path}; fresh: {', '.join(fresh) or 'none'}; not used: {', '.join(unused) or 'none'}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- what it costs
@@ -100,71 +117,3 @@ def forward_flops(model: nn.Module, input_size: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes_only(torch.empty(1, 3, input_size, input_size, device="meta"))
     return counter.get_total_flops()
-
-
-# ---------------------------------------------------------------------------------------------------------- how it is kept
-
-
-def timm_config(args: argparse.Namespace, model: nn.Module) -> dict:
-    """config.json as on the Hugging Face Hub: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads the folder."""
-    statistics = {name: list(values) for name, values in normalisation(args).items()}
-    classifier = {key: model.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
-    return {
-        "architecture": current_name(args.model),
-        "num_classes": args.nb_classes,
-        "num_features": model.num_features,
-        "model_args": model_arguments(args),
-        "pretrained_cfg": {
-            "num_classes": args.nb_classes,
-            "input_size": [3, args.input_size, args.input_size],
-            "fixed_input_size": bool(model.pretrained_cfg.get("fixed_input_size")),
-            "interpolation": "bicubic",
-            "crop_pct": evaluation_crop(args),
-            **statistics,
-            **classifier,
-        },
-    }
-
-
-def export(model: nn.Module, config: dict, accuracy: dict, folder: Path) -> None:
-    """Write a model that timm loads to `folder`: weights, config.json, and what it reaches. The folder is replaced as a whole."""
-    building, before = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in unshared_state(model).items()}
-    save_file(weights, building / WEIGHTS, metadata={"format": "pt"})
-    for name, content in (("config.json", config), ("accuracy.json", accuracy)):
-        (building / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        folder.rename(before)
-    building.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-class RunningStatistics:
-    """Keeps BatchNorm's running statistics, which forward passes write, in step with the weights.
-
-    Every rank has seen other images: those of rank 0 count, as in DistributedDataParallel. An update that is left out leaves them as
-    they were: what is not finite would stay in them for ever.
-    """
-
-    def __init__(self, model: nn.Module, ranks: Ranks):
-        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self._ranks = ranks
-        self._before = self._together()
-
-    def settle(self, left_out: Tensor) -> None:
-        """After an update's passes. left_out: 1 where the update does not count, else 0; a scalar on the device."""
-        if not self._buffers:
-            return
-        now = self._together()
-        if self._ranks.world_size > 1:
-            dist.broadcast(now, 0)
-        self._before = torch.where(left_out.bool(), self._before, now)
-        parts = self._before.split([buffer.numel() for buffer in self._buffers])
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
-
-    def _together(self) -> Tensor:
-        return torch.cat([buffer.reshape(-1) for buffer in self._buffers]) if self._buffers else torch.empty(0)

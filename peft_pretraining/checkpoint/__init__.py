@@ -1,0 +1,1 @@
+"""Checkpoints: format, saving, finding, loading."""

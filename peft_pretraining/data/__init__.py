@@ -1,0 +1,1 @@
+"""From a source of documents to the batches of a rank."""

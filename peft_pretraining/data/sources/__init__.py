@@ -1,0 +1,1 @@
+"""Sources of documents: C4, local files, docstrings of installed packages."""

@@ -1,0 +1,1 @@
+"""Tokenized data on disk: format, writer, reader and cache."""

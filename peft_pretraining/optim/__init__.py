@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate schedule, gradient clipping and the check for non-finite gradients."""

@@ -1,0 +1,1 @@
+"""Process group, DistributedDataParallel and fully sharded training."""

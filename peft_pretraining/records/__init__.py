@@ -1,0 +1,1 @@
+"""Records of a run: metrics, modules, run.json, console and W&B."""

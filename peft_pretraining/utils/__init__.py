@@ -1,0 +1,1 @@
+"""Files and folders. Imports only the errors."""
