@@ -17,16 +17,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from peft_pretraining.arguments import Parser  # noqa: E402
-from peft_pretraining.distributed import run_script  # noqa: E402
+from peft_pretraining.cli.common import Parser  # noqa: E402
+from peft_pretraining.cli.main import run_script  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
-from peft_pretraining.report import (  # noqa: E402
+from peft_pretraining.records.reader import Modules, Run, read_run  # noqa: E402
+from peft_pretraining.report.plots import (  # noqa: E402
     PALETTE,
-    Modules,
-    Run,
     decay_in_eta,
     mean_of_known,
-    read_run,
     types_in_order,
 )
 
@@ -114,7 +112,9 @@ def main() -> None:
     args: argparse.Namespace = parser.parse_args()
     run = read_run(args.run)
     if run.modules is None or not np.isfinite(run.modules.alpha).any() or not run.eta > 0:
-        raise UserError(f"{args.run} has no alpha or no decay of a module: give a run of alphadecay")
+        raise UserError(
+            f"{args.run} has no alpha or no decay of a module: give a run of alphadecay"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     for theme, ink in THEMES.items():
         path = args.output / f"alphas_and_decays_{theme}.svg"
