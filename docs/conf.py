@@ -20,6 +20,8 @@ myst_heading_anchors = 3  # the anchors of headings are GitHub's
 myst_enable_extensions = ["html_image"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
 html_title = "AlphaDecay"
 html_show_sphinx = False
 html_show_copyright = False
