@@ -22,11 +22,11 @@ PUBLISHED_METHOD = (
 )
 
 
-def test_the_readme_prints_the_reference_command():
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_shows_the_reference_command():
+    text = (ROOT / "docs/pretrain_llama.md").read_text()
     commands = [
         " ".join(block.replace("\\\n", " ").split())
-        for block in re.findall(r"```bash\n(.*?)```", readme, re.S)
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
     ]
     assert any(REFERENCE_COMMAND in command for command in commands)
 
