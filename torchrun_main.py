@@ -99,7 +99,7 @@ def main() -> None:
 
         data = load_data(
             args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, packing=packing_of(args), first=ranks.first,
+            args.validation_file, stream=args.stream, packing=packing_of(args), rank_zero_first=ranks.first,
         )  # fmt: skip
         logger.info(f"data: {data.description}")
 

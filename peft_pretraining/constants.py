@@ -2,5 +2,4 @@
 
 from __future__ import annotations
 
-# Label of a position that has no target; torch's cross-entropy ignores it by default.
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label that torch's cross-entropy leaves out

@@ -20,7 +20,7 @@ from peft_pretraining.cli.common import Parser
 from peft_pretraining.cli.llama import packing_of, token_count
 from peft_pretraining.cli.main import run_script
 from peft_pretraining.data.loader import validation_batches
-from peft_pretraining.data.sequences import tokenize_rows
+from peft_pretraining.data.sequences import tokenize_documents
 from peft_pretraining.data.sources.files import open_files
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.errors import UserError
@@ -100,7 +100,7 @@ def evaluate_on(
     config = load_config(checkpoint / CONFIG)
     tokenizer = load_tokenizer(str(checkpoint), config.vocab_size, (), checkpoint, "")
     documents = open_files(Path(args.documents), "--documents").train
-    rows = tokenize_rows(
+    rows = tokenize_documents(
         documents, tokenizer, trained.max_length, args.target_eval_tokens, packing_of(trained)
     )
     model = build_model(config)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peft_pretraining.data.shuffle import RowOrder
-from peft_pretraining.data.workers import loaded
+from peft_pretraining.data.shuffle import ShuffledIndices
+from peft_pretraining.data.workers import iterate_loader
 from peft_pretraining.errors import UserError
 from peft_pretraining.vision.datasets import ArrayImages, FolderImages
 
@@ -92,7 +92,7 @@ class MicroBatches:
     images that do not fill an update are left out of that epoch.
     """
 
-    order: RowOrder
+    order: ShuffledIndices
     update: int
     total_batch_size: int
     batch_size: int
@@ -126,7 +126,7 @@ def training_steps(
 
     `workers` processes read them. Raises UserError for an image that cannot be read.
     """
-    order = RowOrder(samples.seed, len(samples.images))
+    order = ShuffledIndices(samples.seed, len(samples.images))
     micro_batches = MicroBatches(order, update, total_batch_size, batch_size, rank, world_size)
     items = _batches(samples, micro_batches, workers, pin_memory, "training images")
     while True:
@@ -156,7 +156,7 @@ def _batches(samples: _Samples, keys, workers: int, pin_memory: bool, what: str)
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise torch draws from the global generator
     )
-    for batch in loaded(loader, what, "--num_workers"):
+    for batch in iterate_loader(loader, what, "--num_workers"):
         if isinstance(batch, UserError):
             raise batch
         for text in batch.pop("bad"):
