@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
             args.validation_file,
             stream=args.stream,
             packing=packing_mode(args.packing, args.packing_attention),
-            first=ranks.rank_zero_first,
+            rank_zero_first=ranks.rank_zero_first,
         )
         logger.info(f"data: {data.description}")
 

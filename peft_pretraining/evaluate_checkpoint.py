@@ -63,7 +63,7 @@ from safetensors.torch import load_model
 from peft_pretraining.checkpoint.find import newest_checkpoint
 from peft_pretraining.checkpoint.format import CONFIG, WEIGHTS
 from peft_pretraining.data.loader import validation_batches
-from peft_pretraining.data.sequences import tokenize_rows
+from peft_pretraining.data.sequences import tokenize_documents
 from peft_pretraining.data.sources.files import open_files
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.errors import UserError
@@ -137,7 +137,7 @@ def evaluate_on(
     arguments = json.loads((run / RUN).read_text(encoding="utf8"))["arguments"]
     config = load_config(checkpoint / CONFIG)
     tokenizer = load_tokenizer(str(checkpoint), config.vocab_size, (), checkpoint, "")
-    sequences = tokenize_rows(
+    sequences = tokenize_documents(
         open_files(documents, "--documents").train,
         tokenizer,
         arguments["max_length"],

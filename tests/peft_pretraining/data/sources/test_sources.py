@@ -177,12 +177,20 @@ def test_wrong_encoding(tmp_path):
 
 def test_hash_split_is_disjoint_complete_and_stable(tmp_path):
     texts = [f"document {i % 1500}" for i in range(2000)]
-    split = split_documents(open_files(write(tmp_path / "a.jsonl", json_lines(texts))), share=0.1)
+    split = split_documents(
+        open_files(write(tmp_path / "a.jsonl", json_lines(texts))), fraction=0.1
+    )
     train, held_out = list(split.train), list(split.validation)
     assert not set(train) & set(held_out) and sorted(train + held_out) == sorted(texts)
     assert 0.07 < len(held_out) / len(texts) < 0.13
     # Written down once: other numbers would move documents between the sets of a run that is continued.
-    assert [i for i in range(60) if splitting.in_share(f"document {i}", 0.1)] == [2, 10, 17, 37, 57]
+    assert [i for i in range(60) if splitting.is_in_fraction(f"document {i}", 0.1)] == [
+        2,
+        10,
+        17,
+        37,
+        57,
+    ]
 
 
 def test_validation_file_takes_its_documents_out_of_training(tmp_path):
@@ -308,7 +316,7 @@ def test_pydocs_are_distinct_docstrings_in_a_fixed_order_and_cached(tmp_path, mo
     cached.unlink()
     open_pydocs(tmp_path, packages)
     assert cached.read_bytes() == content
-    monkeypatch.setattr(pydocs, "_gather", lambda *_: pytest.fail("gathered twice"))
+    monkeypatch.setattr(pydocs, "_collect", lambda *_: pytest.fail("gathered twice"))
     assert list(open_pydocs(tmp_path, packages).train) == texts
     monkeypatch.setattr(pydocs, "package_versions", lambda _: {"json": "99"})
     with pytest.raises(
