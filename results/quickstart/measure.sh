@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The spread between seeds and the seconds of each step that the quickstarts print: a quickstart for each seed.
+#
+#   bash results/quickstart/measure.sh llama|vit [FOLDER]     on 2 idle cores; writes results/quickstart/llama.json or vit.json
+#
+# The first seed gathers its text anew, so that its seconds are those of a first quickstart. Finished runs are not repeated.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+
+model="${1:?give llama or vit}" folder="${2:-runs/quickstart_seeds_$1}"
+case "$model" in
+    llama) script=scripts/quickstart.sh seeds=(5 6 7 8 9) ;;
+    vit) script=scripts/quickstart_vit.sh seeds=(5 6 7 8 9) ;;
+    *) echo "error: $model is neither llama nor vit" >&2; exit 2 ;;
+esac
+export ALPHADECAY_VENV="$venv" ALPHADECAY_CACHE="$folder/cache"
+for seed in "${seeds[@]}"; do
+    echo "== seed $seed"
+    SEED="$seed" bash "$script" "$folder/$seed"
+done
+python scripts/quickstart.py measure "results/quickstart/$model.json" "${seeds[@]/#/$folder/}"
