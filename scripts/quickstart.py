@@ -1,12 +1,14 @@
 """Helper of the quickstart scripts: the sample of text, progress lines, and the table at the end.
 
-    python scripts/quickstart.py sample PREPARED OUTPUT       a training and a validation file, drawn from pydocs
+    python scripts/quickstart.py sample PREPARED OUTPUT
     python scripts/quickstart.py step FOLDER MEASURED NAME TITLE PRODUCT COMMAND...
-    python scripts/quickstart.py results FOLDER MEASURED      the losses, with the spread between seeds beside them
-    python scripts/quickstart.py measure OUTPUT FOLDER...     write MEASURED from quickstarts that differ in the seed
+    python scripts/quickstart.py results FOLDER MEASURED
+    python scripts/quickstart.py measure OUTPUT FOLDER...
 
-MEASURED is `results/quickstart/llama.json` or `vit.json`: the seconds of each step and the results of several seeds, measured
-once by `results/quickstart/measure.sh`. The standard library is enough for all but `measure`.
+`sample` draws a training and a validation file from the gathered docstrings. `step` prints a
+progress line and runs a command. `results` prints the losses of the runs and, beside them, the
+spread between seeds. `measure` writes the file MEASURED from quickstarts that differ in the seed;
+`results/quickstart/measure.sh` calls it, and its files are beside it.
 """
 
 import argparse
@@ -24,40 +26,55 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METHODS = {"wd0": "no decay", "uniform": "uniform decay", "alphadecay": "AlphaDecay"}
-SCORES = {"perplexity": ("perplexity", ".2f"), "top1": ("top-1 %", ".2f")}  # the second number of a run, with its format
-STATE = "quickstart.json"  # in the folder of a quickstart: the finished steps
+COMPARISONS = (("uniform", "wd0"), ("alphadecay", "uniform"))
+SCORES = {"perplexity": "perplexity", "top1": "top-1 (%)"}  # what stands beside the loss
+STATE = "quickstart.json"  # the steps that a quickstart has run, in its folder
 
-# Characters, about 2.4 of them to a token: few enough to train on them eight times in a minute.
+# About 2.4 characters are a token. So little text can be repeated eight times in one minute.
 TRAINING_CHARACTERS, VALIDATION_CHARACTERS = 600_000, 250_000
 
 
-# ------------------------------------------------------------------------------------------------------------ the sample
+# ---------------------------------------------------------------------------------- the sample
 
 
 def sample(prepared: Path, output: Path) -> None:
-    """Write train.jsonl and validation.jsonl: documents of pydocs, drawn by their hash, none in both.
+    """Write validation.jsonl and train.jsonl: documents of pydocs, none of them in both files.
 
-    The first documents of pydocs all come from the standard library. A draw by hash takes from every package alike, and
-    takes the same documents on every machine that has the same packages.
+    Documents are drawn by their hash, because the first documents of pydocs all come from the
+    standard library. A machine with the same packages draws the same documents.
 
     Args:
-        prepared: Folder that `prepare_data --dataset pydocs` wrote. Its index says where the gathered text lies.
+        prepared: Folder that `prepare_data --dataset pydocs` wrote. Its index names the file with
+            the gathered text.
         output: Folder for the two files.
     """
-    (gathered, _), *_ = json.loads((prepared / "index.json").read_text(encoding="utf8"))["stamp"][0]
+    (gathered, _), *_ = read_json(prepared / "index.json")["stamp"][0]
     with gzip.open(gathered, "rt", encoding="utf8") as file:
         texts = [json.loads(line)["text"] for line in file]
     texts.sort(key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
-    output.mkdir(parents=True, exist_ok=True)
     documents = iter(texts)
-    for name, characters in (("validation", VALIDATION_CHARACTERS), ("train", TRAINING_CHARACTERS)):
-        with (output / f"{name}.jsonl").open("w", encoding="utf8") as file:
-            while characters > 0 and (text := next(documents, None)) is not None:
-                file.write(json.dumps({"text": text}) + "\n")
-                characters -= len(text)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, wanted in (("validation", VALIDATION_CHARACTERS), ("train", TRAINING_CHARACTERS)):
+        lines, characters = [], 0
+        while characters < wanted and (text := next(documents, None)) is not None:
+            lines.append(json.dumps({"text": text}) + "\n")
+            characters += len(text)
+        write_text(output / f"{name}.jsonl", "".join(lines))
 
 
-# -------------------------------------------------------------------------------------------------------------- progress
+def read_json(path: Path) -> dict:
+    """Return the content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf8"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name and rename it, so that it is never there in part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf8")
+    partial.replace(path)
+
+
+# ------------------------------------------------------------------------------------ progress
 
 
 @dataclass
@@ -65,9 +82,9 @@ class Step:
     """One step of a quickstart.
 
     Attributes:
-        name: The key of its measured seconds; for a training run the name of the method.
-        title: What the progress line calls it.
-        product: A file that the step leaves. Without it the step is not finished.
+        name: Its name in the measured seconds; for a training run the name of the method.
+        title: Its name in the progress line.
+        product: A file that the command writes at its end.
         command: The words of the command line.
     """
 
@@ -77,26 +94,26 @@ class Step:
     command: list[str]
 
 
-def read_state(folder: Path) -> dict[str, dict]:
-    """Return the finished steps of a quickstart, each with its command and its seconds."""
-    path = folder / STATE
-    return json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-
-
 def estimates(measured: dict[str, float], state: dict[str, dict]) -> dict[str, float]:
-    """Return the seconds that each step will probably take on this machine.
+    """Return the seconds that each step is expected to take on this machine.
 
-    They are the measured seconds, times how much longer the training runs took here that are finished. Only training runs
-    are compared: the other steps take less time where the gathered text is cached already.
+    These are the measured seconds, multiplied by how much longer the finished training runs took
+    here. The other steps are not compared, because they are short where the text is gathered
+    already.
 
     Args:
-        measured: Seconds of each step on the machine of the measurement, in the order of the steps.
-        state: The finished steps here.
+        measured: Seconds of each step where they were measured, in the order of the steps.
+        state: Content of the file `STATE`.
     """
-    trained = [name for name in state if name in METHODS and name in measured]
-    ours = sum(state[name]["seconds"] for name in trained)
-    factor = ours / sum(measured[name] for name in trained) if trained else 1.0
+    trained = [name for name in METHODS if name in measured and is_finished(state, name)]
+    here = sum(state[name]["seconds"] for name in trained)
+    factor = here / sum(measured[name] for name in trained) if trained else 1.0
     return {name: seconds * factor for name, seconds in measured.items()}
+
+
+def is_finished(state: dict[str, dict], name: str) -> bool:
+    """Return whether a step has run to its end."""
+    return state.get(name, {}).get("finished", False)
 
 
 def duration(seconds: float) -> str:
@@ -106,119 +123,146 @@ def duration(seconds: float) -> str:
 
 
 def run_step(folder: Path, measured: dict[str, float], step: Step) -> int:
-    """Print the progress line, run the command unless it is finished, and remember its seconds.
+    """Print a progress line, run the command unless it is finished, and record its seconds.
 
-    The output of the command goes to `FOLDER/NAME.log`. On a terminal the progress line counts down.
+    The output of the command goes to FOLDER/NAME.log.
+
+    Args:
+        folder: Folder of the quickstart.
+        measured: Seconds of each step where they were measured; empty before the measurement.
+        step: The step.
 
     Returns:
-        The exit code of the command; 0 where the step was finished before.
+        The exit code of the command; 0 if it was finished before, 130 if it was interrupted.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state, names = read_state(folder), list(measured)
-    place = f"[{names.index(step.name) + 1} of {len(names)}] {step.title}" if step.name in names else step.title
-    if state.get(step.name, {}).get("command") == step.command and step.product.exists():
-        print(f"{place}: finished before", flush=True)
+    state = read_json(folder / STATE) if (folder / STATE).exists() else {}
+    earlier = state.get(step.name, {})
+    if earlier.get("command") != step.command:
+        earlier = {}
+    names, left = list(measured), None
+    line = step.title
+    if step.name in names:
+        position = names.index(step.name)
+        line = f"[{position + 1} of {len(names)}] {step.title}"
+    if earlier.get("finished") and step.product.exists():
+        print(f"{line}: finished before", flush=True)
         return 0
-    expected = estimates(measured, state)
-    own = expected.get(step.name)
-    left = sum(list(expected.values())[names.index(step.name) :]) if own is not None else None
-    if own is not None:
-        print(f"{place}, about {duration(own)}; {duration(left)} left", flush=True)
-    else:
-        print(place, flush=True)
+    if step.name in names:
+        expected = list(estimates(measured, state).values())[position:]
+        left = sum(expected)
+        line += f", about {duration(expected[0])}; {duration(left)} left"
+    print(line, flush=True)
+
     log, start = folder / f"{step.name}.log", time.monotonic()
-    code = run_logged(step.command, log, start, left)
-    if code:
-        if code in (130, -signal.SIGINT, -signal.SIGTERM):
-            print("interrupted: the same command continues from here", file=sys.stderr)
-            return 130
+    code = run_logged(step.command, log, left)
+    state[step.name] = {
+        "command": step.command,
+        "seconds": round(earlier.get("seconds", 0) + time.monotonic() - start, 1),
+        "finished": code == 0,
+    }
+    write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
+    if code == 130:
+        print("interrupted: start the same command again to continue", file=sys.stderr)
+    elif code:
         lines = log.read_text(encoding="utf8", errors="replace").splitlines()[-20:]
-        print("\n".join([*lines, f"error: this step failed; all of its output is in {log}"]), file=sys.stderr)
-        return code
-    state[step.name] = {"command": step.command, "seconds": round(time.monotonic() - start, 1)}
-    partial = folder / f"{STATE}.partial"
-    partial.write_text(json.dumps(state, indent=1) + "\n", encoding="utf8")
-    partial.replace(folder / STATE)
-    return 0
+        print(*lines, f"error: this step failed; {log} has its output", sep="\n", file=sys.stderr)
+    return code
 
 
-def run_logged(command: list[str], log: Path, start: float, left: float | None) -> int:
-    """Run a command with its output in a file, counting down on a terminal, and return its exit code."""
+def run_logged(command: list[str], log: Path, left: float | None) -> int:
+    """Run a command and append its output to a file. On a terminal, count down meanwhile.
+
+    Args:
+        command: The words of the command line.
+        log: File that takes standard output and standard error.
+        left: Expected seconds until the end of the quickstart; None if unknown.
+
+    Returns:
+        The exit code, 130 if Ctrl-C ended the command.
+    """
+    countdown = left is not None and sys.stdout.isatty()
+    start, interrupted, code = time.monotonic(), False, None
     with log.open("a", encoding="utf8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    interrupted = False
-    while True:
+    while code is None:
         try:
             code = process.wait(timeout=1)
-            break
         except subprocess.TimeoutExpired:
-            if sys.stdout.isatty() and left is not None:
-                remaining = left - (time.monotonic() - start)
-                print(f"\r\033[K    {duration(remaining)} left", end="", flush=True)
-        except KeyboardInterrupt:  # the command has the signal too: a training run writes a checkpoint first
+            if countdown:
+                remaining = duration(left - (time.monotonic() - start))
+                print(f"\r\033[K    {remaining} left", end="", flush=True)
+        except KeyboardInterrupt:
+            # The command receives the signal too. A training run first writes a checkpoint.
             interrupted = True
-    if sys.stdout.isatty():
+    if countdown:
         print("\r\033[K", end="", flush=True)
-    return 130 if interrupted else code
+    return 130 if interrupted or code in (-signal.SIGINT, -signal.SIGTERM) else code
 
 
-# --------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------- results
 
 
 def final_evaluation(run: Path) -> dict:
-    """Return the record of a run's last evaluation. Exits with a message where the run is not finished."""
+    """Return the record of a run's last evaluation. Exit with a message if the run has none."""
     with (run / "metrics.jsonl").open(encoding="utf8") as file:
         final = [record for record in map(json.loads, file) if record.get("final") is True]
     if not final:
-        sys.exit(f"error: {run} is not finished; start the quickstart again, it continues")
+        sys.exit(f"error: {run} is not finished; start the quickstart again to continue it")
     return final[-1]
 
 
-def score_name(record: dict) -> str:
-    """Return the name of the score beside the loss: perplexity of a language model, top1 of a classifier."""
+def score_of(record: dict) -> str:
+    """Return the name of the score beside the loss: `perplexity`, or `top1` of a classifier."""
     return next(name for name in SCORES if name in record)
 
 
 def table(finals: dict[str, dict], measured: dict) -> list[str]:
-    """Return the lines of the final table and what the differences in it mean.
+    """Return the lines that end a quickstart: results, spread, and what the differences mean.
 
     Args:
-        finals: The last evaluation of each method's run.
-        measured: What `measure` wrote.
+        finals: Record of the last evaluation for each method.
+        measured: What `measure` returned.
     """
-    score = score_name(finals["wd0"])
-    title, form = SCORES[score]
-    seeds = len(measured["seeds"])
-    head = f"{seeds} seeds, measured before:"
-    lines = [f"{'validation':<15}{'loss':>8}{title:>12}   | {head} {'loss':>14}{title:>18}"]
+    score = score_of(finals["wd0"])
+    heading = f"{len(measured['seeds'])} seeds, measured before: mean ± standard deviation"
+    lines = [
+        f"{'':<15}{'this validation':>20}    {heading}",
+        f"{'':<15}{'loss':>8}{SCORES[score]:>12}    {'loss':<18}{SCORES[score]}",
+    ]
     for method, name in METHODS.items():
-        run, before = finals[method], measured["methods"][method]
-        spreads = [f"{before[key]['mean']:{f}} ± {before[key]['sd']:{f}}" for key, f in (("eval_loss", ".4f"), (score, form))]
-        lines.append(
-            f"{name:<15}{run['eval_loss']:>8.4f}{run[score]:>12{form}}   | {'':{len(head)}} {spreads[0]:>14}{spreads[1]:>18}"
-        )
+        final, before = finals[method], measured["methods"][method]
+        losses = "{mean:.4f} ± {sd:.4f}".format(**before["eval_loss"])
+        scores = "{mean:.2f} ± {sd:.2f}".format(**before[score])
+        this = f"{final['eval_loss']:>8.4f}{final[score]:>12.2f}"
+        lines.append(f"{name:<15}{this}    {losses:<18}{scores}")
     limit = measured["limit"]
     lines += [
-        "± is the standard deviation between seeds.",
-        f"Two runs that differ in nothing but the seed differ by up to {limit:.3f} in loss (95 % of such pairs). A smaller",
-        "difference between two single runs is within the spread between seeds and shows nothing about the methods. Here:",
+        "",
+        "Two runs of one method with different seeds differ by less than "
+        f"{limit:.4f} in loss (95 % of pairs).",
+        "A smaller difference between two single runs says nothing about their methods. Here:",
     ]
-    for one, other in (("uniform", "wd0"), ("alphadecay", "uniform")):
+    for one, other in COMPARISONS:
         difference = finals[one]["eval_loss"] - finals[other]["eval_loss"]
-        verdict = "larger than" if abs(difference) > limit else "within"
-        lines.append(f"  {METHODS[one]} minus {METHODS[other]}: {difference:+.4f}, {verdict} the spread between seeds")
+        verdict = "more than" if abs(difference) > limit else "within"
+        names = f"{METHODS[one]} minus {METHODS[other]}"
+        lines.append(f"  {names}: {difference:+.4f}, {verdict} the spread between seeds")
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------- measurement
+# --------------------------------------------------------------------------------- measurement
 
 
 def measure(folders: list[Path]) -> dict:
-    """Return the results of several quickstarts and their spread between seeds, as `results` and `step` read them.
+    """Return the results of quickstarts that differ in the seed, and the spread between them.
 
-    `limit` bounds the difference of two runs of one method with different seeds, in 95 % of all pairs: Student's t times
-    the square root of 2 times the standard deviation within a method, pooled over the methods. The seconds are those of the
-    first folder.
+    `limit` is the 95 % bound of the difference between two runs of one method with different
+    seeds: Student's t times the square root of 2 times the standard deviation between seeds,
+    pooled over the methods. `seconds` are those of the first folder.
+
+    Args:
+        folders: Folders of finished quickstarts.
     """
     from scipy.stats import t
 
@@ -226,55 +270,63 @@ def measure(folders: list[Path]) -> dict:
     for folder in folders:
         for method in METHODS:
             final = final_evaluation(folder / method)
-            seed = json.loads((folder / method / "run.json").read_text(encoding="utf8"))["arguments"]["seed"]
-            score = score_name(final)
-            seconds = read_state(folder)[method]["seconds"]
-            runs.append({"method": method, "seed": seed, "eval_loss": final["eval_loss"], score: final[score], "seconds": seconds})
-    methods, variances = {}, []
+            run = {
+                "method": method,
+                "seed": read_json(folder / method / "run.json")["arguments"]["seed"],
+                "seconds": read_json(folder / STATE)[method]["seconds"],
+            }
+            runs.append(run | {key: final[key] for key in ("eval_loss", score_of(final))})
+    methods = {}
     for method in METHODS:
         mine = [run for run in runs if run["method"] == method]
         methods[method] = {
-            key: {"mean": statistics.fmean(run[key] for run in mine), "sd": statistics.stdev(run[key] for run in mine)}
-            for key in ("eval_loss", score)
+            key: spread([run[key] for run in mine]) for key in ("eval_loss", score_of(mine[0]))
         }
-        variances.append(methods[method]["eval_loss"]["sd"] ** 2)
+    variance = statistics.fmean(methods[method]["eval_loss"]["sd"] ** 2 for method in METHODS)
     freedom = len(METHODS) * (len(folders) - 1)
-    arguments = json.loads((folders[0] / "alphadecay" / "run.json").read_text(encoding="utf8"))["arguments"]
+    losses = {(run["method"], run["seed"]): run["eval_loss"] for run in runs}
+    seeds = sorted({run["seed"] for run in runs})
     return {
-        "seeds": sorted({run["seed"] for run in runs}),
-        "limit": float(t.ppf(0.975, freedom)) * (2 * statistics.fmean(variances)) ** 0.5,
-        "seconds": {name: step["seconds"] for name, step in read_state(folders[0]).items()},
+        "seeds": seeds,
+        "limit": float(t.ppf(0.975, freedom)) * (2 * variance) ** 0.5,
+        "seconds": {name: step["seconds"] for name, step in read_json(folders[0] / STATE).items()},
         "methods": methods,
-        "differences": {
-            f"{one} - {other}": paired(runs, one, other) for one, other in (("uniform", "wd0"), ("alphadecay", "uniform"))
+        # Runs of one seed start from the same weights and see the data in the same order.
+        "paired_differences": {
+            f"{one} - {other}": spread([losses[one, seed] - losses[other, seed] for seed in seeds])
+            for one, other in COMPARISONS
         },
         "runs": runs,
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "arguments_of_alphadecay": arguments,
+        "commands": {name: step["command"] for name, step in read_json(folders[0] / STATE).items()},
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
     }
 
 
-def paired(runs: list[dict], one: str, other: str) -> dict:
-    """Return mean and standard deviation of the differences in loss between two methods, seed by seed."""
-    losses = {(run["method"], run["seed"]): run["eval_loss"] for run in runs}
-    pairs = [loss - losses[other, seed] for (method, seed), loss in losses.items() if method == one]
-    return {"mean": statistics.fmean(pairs), "sd": statistics.stdev(pairs)}
+def spread(values: list[float]) -> dict[str, float]:
+    """Return mean and standard deviation (n - 1) of some values."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
 
 
 def processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
+    """Return the name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf8").splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
-# --------------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------- command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="action", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    actions = parser.add_subparsers(dest="action", required=True)
     places = {
         "sample": ("prepared", "output"),
         "step": ("folder", "measured", "name", "title", "product"),
@@ -282,31 +334,32 @@ def parse_arguments() -> argparse.Namespace:
         "measure": ("output",),
     }
     for action, names in places.items():
-        command = commands.add_parser(action)
+        added = actions.add_parser(action)
         for name in names:
-            command.add_argument(name, type=str if name in ("name", "title") else Path)
+            added.add_argument(name, type=str if name in ("name", "title") else Path)
         if action == "step":
-            command.add_argument("command", nargs=argparse.REMAINDER)
+            added.add_argument("command", nargs=argparse.REMAINDER)
         if action == "measure":
-            command.add_argument("folders", nargs="+", type=Path)
+            added.add_argument("folders", nargs="+", type=Path)
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run the command that the first argument names, and return its exit code."""
+    """Run the action that the command line names, and return the exit code."""
     args = parse_arguments()
     if args.action == "sample":
         sample(args.prepared, args.output)
-    elif args.action == "step":
-        # Before the first measurement there is no file: the steps run without estimates.
-        measured = json.loads(args.measured.read_text(encoding="utf8"))["seconds"] if args.measured.exists() else {}
-        return run_step(args.folder, measured, Step(args.name, args.title, args.product, args.command))
-    elif args.action == "results":
-        finals = {method: final_evaluation(args.folder / method) for method in METHODS}
-        if args.measured.exists():
-            print("\n".join(table(finals, json.loads(args.measured.read_text(encoding="utf8")))))
+    elif args.action == "measure":
+        write_text(args.output, json.dumps(measure(args.folders), indent=1) + "\n")
     else:
-        args.output.write_text(json.dumps(measure(args.folders), indent=1) + "\n", encoding="utf8")
+        # Before the first measurement there is no file. Then steps and results stand alone.
+        measured = read_json(args.measured) if args.measured.exists() else {}
+        if args.action == "step":
+            step = Step(args.name, args.title, args.product, args.command)
+            return run_step(args.folder, measured.get("seconds", {}), step)
+        finals = {method: final_evaluation(args.folder / method) for method in METHODS}
+        if measured:
+            print("\n".join(table(finals, measured)))
     return 0
 
 

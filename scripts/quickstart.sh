@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# From a fresh machine to a report: a small LLaMA on the docstrings of the installed packages, trained on 2 CPU processes
-# without weight decay, with uniform decay and with AlphaDecay. Under 5 minutes on 2 idle cores after the installation.
+# From a fresh machine to a report: a small LLaMA on the docstrings of the installed packages,
+# trained on 2 CPU processes without weight decay, with uniform decay and with AlphaDecay.
+# Less than 5 minutes on 2 idle cores, after the installation.
 #
-#   bash scripts/quickstart.sh [FOLDER]     FOLDER takes data and runs (default runs/quickstart); SEED=N: another seed than 5
+#   bash scripts/quickstart.sh [FOLDER]
 #
-# A finished step is not repeated, and an interrupted run continues. The output of each step is in FOLDER/STEP.log.
+# FOLDER (default runs/quickstart) takes the data and the runs. SEED=N sets another seed than 5.
+# Finished steps are not repeated, and an interrupted run continues. The output of each step is in
+# FOLDER/STEP.log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -12,35 +15,40 @@ source scripts/environment.sh
 folder="${1:-runs/quickstart}" seed="${SEED:-5}" measured=results/quickstart/llama.json
 export WANDB_MODE="${WANDB_MODE:-offline}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# step NAME TITLE PRODUCT COMMAND...: print a progress line, then run the command unless it has left its product before.
+# step NAME TITLE PRODUCT COMMAND...: print a progress line and run the command, once.
 step() { python scripts/quickstart.py step "$folder" "$measured" "$@"; }
 
-prepare() { # prepare NAME TITLE FLAGS...: tokenize a source once.
+# prepare NAME TITLE FLAGS...: tokenize a source.
+prepare() {
     step "$1" "$2" "$folder/$1/index.json" \
         python -m peft_pretraining.prepare_data --vocab_size 1024 --output "$folder/$1" "${@:3}"
 }
 
-# About 250,000 tokens, repeated 8 times: with data that the model sees once, decay makes no difference at this size.
-train() { # train METHOD TITLE FLAGS...
-    step "$1" "$2" "$folder/$1/report.html" torchrun --standalone --nproc_per_node=2 torchrun_main.py \
-        --model_config configs/llama_300k.json --dataset "$folder/data" --packing --max_length 128 \
-        --optimizer adamw --lr 6e-3 --grad_clipping 1 --dtype float32 --seed "$seed" \
-        --batch_size 8 --total_batch_size 16 --num_training_steps 1000 --eval_every 250 --save_every 250 --keep_checkpoints 1 \
+# train METHOD TITLE FLAGS...: 1,000 updates, in which the training set is repeated 8 times.
+train() {
+    step "$1" "$2" "$folder/$1/report.html" torchrun --standalone --nproc_per_node=2 \
+        torchrun_main.py --model_config configs/llama_300k.json --dataset "$folder/data" \
+        --packing --max_length 128 --optimizer adamw --lr 6e-3 --grad_clipping 1 \
+        --dtype float32 --seed "$seed" --batch_size 8 --total_batch_size 16 --num_training_steps 1000 \
+        --eval_every 250 --save_every 250 --keep_checkpoints 1 \
         --save_dir "$folder/$1" --name "quickstart-$1" --continue_from auto --method "$1" "${@:3}"
 }
 
-prepare pydocs "gather docstrings, train a tokenizer" --dataset pydocs --tokenizer bpe --max_tokens 10K --target_eval_tokens 1K
-step sample "draw documents at random" "$folder/sample/train.jsonl" \
+prepare pydocs "gather docstrings and train a tokenizer" \
+    --dataset pydocs --tokenizer bpe --max_tokens 10K --target_eval_tokens 1K
+[ -f "$folder/sample/train.jsonl" ] ||
     python scripts/quickstart.py sample "$folder/pydocs" "$folder/sample"
-prepare data "tokenize them" --dataset "$folder/sample/train.jsonl" --validation_file "$folder/sample/validation.jsonl" \
-    --tokenizer "$folder/pydocs/tokenizer"
+prepare data "tokenize a sample of them" --dataset "$folder/sample/train.jsonl" \
+    --validation_file "$folder/sample/validation.jsonl" --tokenizer "$folder/pydocs/tokenizer"
 
 train wd0 "train without decay"
 train uniform "train with uniform decay" --weight_decay 0.3
-train alphadecay "train with AlphaDecay" --weight_decay 0.3 --unbalancedWD_every 100 --wd_min_ratio 0.6666 --wd_max_ratio 3
+train alphadecay "train with AlphaDecay" --weight_decay 0.3 \
+    --unbalancedWD_every 100 --wd_min_ratio 0.6666 --wd_max_ratio 3
 
+runs=("$folder/wd0" "$folder/uniform" "$folder/alphadecay")
 step report "write the report" "$folder/report.html" \
-    python -m peft_pretraining.report "$folder/wd0" "$folder/uniform" "$folder/alphadecay" --output "$folder/report.html"
+    python -m peft_pretraining.report "${runs[@]}" --output "$folder/report.html"
 echo
 python scripts/quickstart.py results "$folder" "$measured"
 echo "report: $folder/report.html"

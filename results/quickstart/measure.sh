@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# The spread between seeds and the seconds of each step that the quickstarts print: a quickstart for each seed.
+# Measure what the quickstarts print beside their results: the spread between seeds, and the seconds
+# of each step.
 #
-#   bash results/quickstart/measure.sh llama|vit [FOLDER]     on 2 idle cores; writes results/quickstart/llama.json or vit.json
+#   bash results/quickstart/measure.sh llama|vit [FOLDER]
 #
-# The first seed gathers its text anew, so that its seconds are those of a first quickstart. Finished runs are not repeated.
+# It runs a quickstart for each seed and writes llama.json or vit.json beside this script. The
+# seconds are those of the first seed, which gathers its text anew: let the cores be idle.
+# FOLDER (default runs/quickstart_seeds_MODEL) takes the runs. Finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 
-model="${1:?give llama or vit}" folder="${2:-runs/quickstart_seeds_$1}"
+model="${1:?give llama or vit}" folder="${2:-runs/quickstart_seeds_$1}" seeds=(5 6 7 8)
 case "$model" in
-    llama) script=scripts/quickstart.sh seeds=(5 6 7 8 9) ;;
-    vit) script=scripts/quickstart_vit.sh seeds=(5 6 7 8 9) ;;
+    llama) script=scripts/quickstart.sh ;;
+    vit) script=scripts/quickstart_vit.sh ;;
     *) echo "error: $model is neither llama nor vit" >&2; exit 2 ;;
 esac
 export ALPHADECAY_VENV="$venv" ALPHADECAY_CACHE="$folder/cache"
