@@ -29,8 +29,8 @@ train() {
     step "$1" "$2" "$folder/$1/report.html" torchrun --standalone --nproc_per_node=2 \
         torchrun_main.py --model_config configs/llama_300k.json --dataset "$folder/data" \
         --packing --max_length 128 --optimizer adamw --lr 6e-3 --grad_clipping 1 \
-        --dtype float32 --seed "$seed" --batch_size 8 --total_batch_size 16 --num_training_steps 1000 \
-        --eval_every 250 --save_every 250 --keep_checkpoints 1 \
+        --dtype float32 --seed "$seed" --batch_size 8 --total_batch_size 16 \
+        --num_training_steps 1000 --eval_every 250 --save_every 250 --keep_checkpoints 1 \
         --save_dir "$folder/$1" --name "quickstart-$1" --continue_from auto --method "$1" "${@:3}"
 }
 
