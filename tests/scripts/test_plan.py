@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path("scripts").resolve()))
-import plan as planner  # noqa: E402
-
 from peft_pretraining.model.modeling_llama import Block, load_config, rotary_cos_sin  # noqa: E402
+from scripts.cluster import plan as planner
 
 LAYERS, D, F, V = 12, 768, 2048, 32000  # llama_130m
 BLOCK = 4 * D * D + 3 * D * F + 2 * D

@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from peft_pretraining.data.sources import pydocs, split
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.loader import merge_positions, training_batches, validation_batches
 from peft_pretraining.data.shuffle import ShuffledIndices
+from peft_pretraining.data.sources import pydocs, split
 from peft_pretraining.errors import UserError
 
 LENGTH, TOTAL, STEPS = 12, 8, 5  # 40 positions over 30 documents: a second pass begins in step 3

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from peft_pretraining.data import streaming
-from peft_pretraining.data.sources import files, shards
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.loader import merge_positions, training_batches
+from peft_pretraining.data.sources import files, shards
 from peft_pretraining.data.sources.files import FileDocuments
 from peft_pretraining.data.sources.split import FilteredDocuments
 from peft_pretraining.data.streaming import StreamedSequences

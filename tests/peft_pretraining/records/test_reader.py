@@ -13,7 +13,7 @@ from peft_pretraining.records.reader import (
     number,
     read_run,
 )
-from tests.peft_pretraining.report.common import (
+from tests.support.run_folders import (
     history,
     llama_modules,
     metrics,

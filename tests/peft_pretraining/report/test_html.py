@@ -13,7 +13,7 @@ from peft_pretraining.report.html import (
     result_rows,
     write_report,
 )
-from tests.peft_pretraining.report.common import (
+from tests.support.run_folders import (
     ETA,
     LLAMA_TYPES,
     RUNS,

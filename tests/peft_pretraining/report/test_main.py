@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from peft_pretraining.report.__main__ import main
-from tests.peft_pretraining.report.common import small_run, tiny_run, write_run
+from tests.support.run_folders import small_run, tiny_run, write_run
 
 
 def bad_folders(root):

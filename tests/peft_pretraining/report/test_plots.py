@@ -19,7 +19,7 @@ from peft_pretraining.report.plots import (
     running_mean,
     short_number,
 )
-from tests.peft_pretraining.report.common import metrics, tiny_run, write_run
+from tests.support.run_folders import metrics, tiny_run, write_run
 
 
 def test_running_mean_follows_the_plain_definition():

@@ -10,13 +10,13 @@ import pytest
 
 from peft_pretraining.data.sources import c4, files, pydocs
 from peft_pretraining.data.sources import split as splitting
-from peft_pretraining.utils import cache
 from peft_pretraining.data.sources.c4 import C4Documents, open_c4
 from peft_pretraining.data.sources.files import open_files
 from peft_pretraining.data.sources.pydocs import open_pydocs
 from peft_pretraining.data.sources.registry import open_source
 from peft_pretraining.data.sources.split import split_documents
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils import cache
 
 TEXTS = ["first document", "second: naïve 東京 🙂\nwith a second line", "third"]
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}

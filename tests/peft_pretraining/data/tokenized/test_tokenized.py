@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 
 from peft_pretraining import prepare_data
-from peft_pretraining.data import tokenizer_pool as encoding
-from peft_pretraining.data.tokenized import reader as prepared
 from peft_pretraining.cli.main import run_script
+from peft_pretraining.data import tokenizer_pool as encoding
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.sequences import tokenize_documents
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.data.sources.registry import open_source
 from peft_pretraining.data.sources.split import Split, split_documents
+from peft_pretraining.data.tokenized import reader as prepared
 from peft_pretraining.data.tokenized.reader import open_prepared
 from peft_pretraining.data.tokenized.writer import prepare
 from peft_pretraining.data.tokenizer import load_tokenizer

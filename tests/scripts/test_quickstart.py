@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from end_to_end.common import ROOT
 
 from scripts import quickstart
+from tests.end_to_end.common import ROOT
 
 HELPER = [sys.executable, str(ROOT / "scripts/quickstart.py")]
 # Stands for every python that a script starts: answers questions about versions, notes the rest.
