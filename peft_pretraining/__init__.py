@@ -1,1 +1,1 @@
-"""Training parts shared by the scripts: data, model, optimizer, evaluation, checkpoints, run log."""
+"""Training components that the scripts share: data, model, optimizer, checkpoints and records."""

@@ -1,6 +1,6 @@
 """Evaluate finished runs on other text than their validation data.
 
-    python -m peft_pretraining.evaluate_checkpoint runs/a runs/b --documents other.jsonl.gz [--as c4]
+    python -m peft_pretraining.evaluate_checkpoint RUN... --documents other.jsonl.gz [--as c4]
 
 The text is tokenized and cut into sequences as that of the run was (its --max_length, --packing and
 tokenizer). All documents are used, or the first --target_eval_tokens. Each result is printed and

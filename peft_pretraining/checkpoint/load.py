@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -153,7 +153,7 @@ def _load_weights(folder: Path, model: nn.Module, weights: dict[str, torch.Tenso
 
 
 def _compared_fields(model: nn.Module) -> dict[str, Any]:
-    config = model.config.to_dict()
+    config = cast(Any, model).config.to_dict()
     return {key: config.get(key) for key in COMPARED_CONFIG_FIELDS}
 
 

@@ -23,7 +23,8 @@ def random_states(device: torch.device) -> dict[str, Any]:
     Args:
         device: The device of this rank. If it is a CUDA device, its generator is included.
     """
-    _, keys, *position = np.random.get_state()
+    state: Any = np.random.get_state()
+    _, keys, *position = state  # name of the generator, its 624 words, where it stands in them
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(keys.copy()), *position),

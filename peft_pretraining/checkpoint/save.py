@@ -4,7 +4,7 @@ import io
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -104,7 +104,7 @@ class Checkpoints:
             return
         self._wait()
         if config is None:
-            config = model.config.to_dict() | {
+            config = cast(Any, model).config.to_dict() | {
                 "architectures": ["LlamaForCausalLM"],
                 "dtype": str(next(model.parameters()).dtype)[6:],
             }

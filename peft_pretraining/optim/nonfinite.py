@@ -69,7 +69,7 @@ class NonFiniteGuard:
         by_rank = self.ranks.sum(self._nonfinite)
         # Gradients that are finite on every rank can still overflow in their sum.
         found = (by_rank.sum() > 0) | ~torch.isfinite(grad_norm)
-        self.optimizer.found_inf = found.float()
+        self.optimizer.found_inf = found.float()  # type: ignore[attr-defined]  # as GradScaler does
         self._pending = _AsyncFlags(update, torch.cat([found[None], by_rank > 0]))
         self._nonfinite = torch.zeros_like(by_rank)
 

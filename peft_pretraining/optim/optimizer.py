@@ -104,7 +104,7 @@ class MuonWithAdamW(Optimizer):
         self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure here
         """Make one update of both, unless `found_inf` is above 0."""
         if self.found_inf is None or not self.found_inf.item():
             self.muon.step()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ def data_parallel(
     wrapper = nn.parallel.DistributedDataParallel
     # torch 2.14 renamed the option and warns about the old name.
     names = inspect.signature(wrapper).parameters
-    no_buffers = {
+    no_buffers: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
     }
     parallel = wrapper(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    class ShardedModule(FSDPModule, nn.Module):
+        """What `fully_shard` makes of a module: it adds FSDPModule to the module's classes."""
 
-def is_fsdp(model: nn.Module) -> TypeGuard[FSDPModule]:
+
+def is_fsdp(model: nn.Module) -> TypeGuard[ShardedModule]:
     """Return True if a model is sharded. Never imports torch.distributed.fsdp."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # loaded if any model is sharded
     return fsdp is not None and isinstance(model, fsdp.FSDPModule)
@@ -68,7 +71,8 @@ def shard_model(
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # Parameters outside the blocks belong to the root module, because the loss reads the weight of
     # the head inside the forward pass of the root.
-    for module in (*model.model.layers, model):
+    blocks: nn.ModuleList = cast(Any, model).model.layers
+    for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         # gloo can sum, but it cannot scale while it sums.
@@ -76,7 +80,7 @@ def shard_model(
     return model
 
 
-def install_gradient_check(model: FSDPModule, check: Callable[[Tensor], None]) -> None:
+def install_gradient_check(model: ShardedModule, check: Callable[[Tensor], None]) -> None:
     """Pass a number for each part of this rank's own gradients to `check`, before they are summed.
 
     Args:
@@ -85,7 +89,8 @@ def install_gradient_check(model: FSDPModule, check: Callable[[Tensor], None]) -
     """
     for module in model.modules():
         if is_fsdp(module):
-            module.set_custom_reduce_scatter(_CheckedReduceScatter(check))
+            # torch declares the interface in a private module, so that nothing can inherit it.
+            module.set_custom_reduce_scatter(cast(Any, _CheckedReduceScatter(check)))
 
 
 class _CheckedReduceScatter:

@@ -240,7 +240,8 @@ def column(records: list[dict[str, Any]], key: str) -> np.ndarray:
 def final_evaluation(run: Run) -> dict[str, Any] | None:
     """Return the evaluation marked final, or else the latest; None if there is no evaluation."""
     final = [record for record in run.evaluations if record.get("final") is True]
-    return (final or run.evaluations or [None])[-1]
+    candidates = final or run.evaluations
+    return candidates[-1] if candidates else None
 
 
 def section(info: dict[str, Any], name: str) -> dict[str, Any]:

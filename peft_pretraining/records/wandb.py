@@ -37,7 +37,7 @@ def start_wandb(
     except ImportError:
         logger.info("wandb is not installed: the run is recorded in its folder only")
         return None
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
     start = functools.partial(
         wandb.init,

@@ -18,6 +18,7 @@ from peft_pretraining.records.reader import Modules, Run, column, number, sectio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
@@ -228,7 +229,8 @@ def as_svg(draw: Callable[..., Figure], key: str, *arguments: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({**style(), "svg.hashsalt": key}):
+    settings: dict[Any, Any] = {**style(), "svg.hashsalt": key}
+    with matplotlib.rc_context(settings):
         draw(*arguments).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = (
@@ -277,7 +279,11 @@ def data_axis(axes: Axes, ratio: float, unit: str) -> None:
 
     if math.isfinite(ratio):
         top = axes.secondary_xaxis(
-            "top", functions=(lambda step: step * ratio, lambda seen: seen / ratio)
+            "top",
+            functions=(
+                lambda step: np.asarray(step, float) * ratio,
+                lambda seen: np.asarray(seen, float) / ratio,
+            ),
         )
         top.xaxis.set_major_formatter(FuncFormatter(short_number))
         top.set_xlabel(f"{unit} seen")
@@ -554,6 +560,14 @@ def mean_of_known(values: np.ndarray) -> np.ndarray:
     )
 
 
+def draw_bar_as_vectors(bar: Colorbar) -> None:
+    """Draw a colour bar without pixels, without gaps between its colours and without a frame."""
+    if bar.solids is not None:
+        bar.solids.set_rasterized(False)
+        bar.solids.set_edgecolor("face")
+    bar.outline.set_visible(False)
+
+
 def add_depth_bar(figure: Figure, grid: np.ndarray, used: int, modules: Modules) -> None:
     """Add a colour bar of depth: in the last panel if it is empty, otherwise at the right."""
     from matplotlib.cm import ScalarMappable
@@ -575,9 +589,7 @@ def add_depth_bar(figure: Figure, grid: np.ndarray, used: int, modules: Modules)
         )
     else:
         bar = figure.colorbar(mapping, ax=grid.tolist(), aspect=30, pad=0.015)
-    bar.solids.set_rasterized(False)
-    bar.solids.set_edgecolor("face")
-    bar.outline.set_visible(False)
+    draw_bar_as_vectors(bar)
     ends = [0, len(rows) // 2, len(rows) - 1] if len(rows) > 2 else [0, 1]
     long = used < len(grid) and max(len(names[i]) for i in ends) > 8
     bar.set_ticks(
@@ -690,9 +702,7 @@ def heat_map_figure(run: Run, modules: Modules) -> Figure:
     axes.set_ylabel(f"block ({prefix}*)" if prefix else "block")
     axes.invert_yaxis()
     bar = figure.colorbar(mesh, ax=axes, aspect=25, pad=0.015)
-    bar.solids.set_rasterized(False)
-    bar.solids.set_edgecolor("face")
-    bar.outline.set_visible(False)
+    draw_bar_as_vectors(bar)
     bar.set_label(label)
     return figure
 

@@ -70,7 +70,10 @@ class Run:
         self.guard = NonFiniteGuard(self.optimizer, ranks, 3)
         nothing = torch.zeros(1, 2, dtype=torch.long)
         self.parallel = data_parallel(
-            self.model, self.guard, ranks, lambda parallel: parallel(nothing, nothing)
+            self.model,
+            self.guard.record_nonfinite,
+            ranks,
+            lambda parallel: parallel(nothing, nothing),
         )
 
     def update(self, number: int, scale: float = 1.0) -> list[float]:
@@ -94,7 +97,7 @@ class Run:
             self.decay.step(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.guard.read()
+        self.guard.resolve_pending()
         return [float(self.ranks.sum(loss)), float(norm), mean_decay(self.optimizer)]
 
     def decays(self) -> dict[str, float]:
