@@ -1,1 +1,5 @@
-"""Image classification: datasets, augmentation, timm models, evaluation."""
+"""Image classification: datasets, augmentation, timm models, evaluation.
+
+The modules may import what lies below: data (order of the samples, DataLoader workers),
+checkpoint, parallel and errors.
+"""

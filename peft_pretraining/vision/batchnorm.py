@@ -1,4 +1,4 @@
-"""BatchNorm statistics in distributed training."""
+"""BatchNorm statistics in distributed training and in updates that are skipped."""
 
 from __future__ import annotations
 
@@ -11,32 +11,42 @@ from peft_pretraining.parallel.process_group import DistributedContext
 
 
 class BatchNormSync:
-    """Keeps BatchNorm's running statistics, which forward passes write, in step with the weights.
+    """Keeps BatchNorm's running statistics equal on all ranks and free of skipped updates.
 
-    Every rank has seen other images: those of rank 0 count, as in DistributedDataParallel. An update that is left out leaves them as
-    they were: what is not finite would stay in them for ever.
+    Forward passes write these buffers, and each rank has seen other images. As in
+    DistributedDataParallel, every rank takes the values of rank 0. An update that is skipped
+    restores the values from before it: a NaN would otherwise stay in them for the rest of the run.
+
+    Args:
+        model: the model whose floating-point buffers are synchronized.
+        ranks: the ranks of the run.
     """
 
     def __init__(self, model: nn.Module, ranks: DistributedContext):
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._ranks = ranks
-        self._before = self._together()
+        self._committed = self._flatten_buffers()
 
-    def settle(self, left_out: Tensor) -> None:
-        """After an update's passes. left_out: 1 where the update does not count, else 0; a scalar on the device."""
+    def commit_or_roll_back(self, skipped: Tensor) -> None:
+        """Keep the statistics of this update's forward passes, or restore those from before it.
+
+        Does not synchronize the host with the device.
+
+        Args:
+            skipped: scalar on the device: 1 if the update was skipped, else 0.
+        """
         if not self._buffers:
             return
-        now = self._together()
+        current = self._flatten_buffers()
         if self._ranks.world_size > 1:
-            dist.broadcast(now, 0)
-        self._before = torch.where(left_out.bool(), self._before, now)
-        parts = self._before.split([buffer.numel() for buffer in self._buffers])
+            dist.broadcast(current, 0)
+        self._committed = torch.where(skipped.bool(), self._committed, current)
+        parts = self._committed.split([buffer.numel() for buffer in self._buffers])
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
-    def _together(self) -> Tensor:
-        return (
-            torch.cat([buffer.reshape(-1) for buffer in self._buffers])
-            if self._buffers
-            else torch.empty(0)
-        )
+    def _flatten_buffers(self) -> Tensor:
+        """Return all buffers as one vector, so that one broadcast sends them."""
+        if not self._buffers:
+            return torch.empty(0)
+        return torch.cat([buffer.reshape(-1) for buffer in self._buffers])

@@ -1,4 +1,6 @@
-"""Accuracy on the validation images."""
+"""Loss and accuracy on the validation images."""
+
+from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
@@ -19,21 +21,25 @@ def evaluate(
     ranks: DistributedContext,
     autocast: contextlib.AbstractContextManager,
 ) -> dict[str, float]:
-    """Loss and accuracy over every image of the batches of all ranks.
+    """Return loss and accuracy over every image of the batches of all ranks.
 
     Args:
-        model: images -> logits [n, classes], on any device.
-        batches: this rank's share; batches may be of any sizes, and there may be none.
+        model: maps images to logits [n, classes], on any device.
+        batches: this rank's batches, of any sizes; a rank may have none.
+        ranks: the ranks of the run.
+        autocast: context of the forward passes.
 
     Returns:
-        eval_loss: mean cross-entropy (nats). top1, top5: per cent of the images whose class is the first, or among the first five.
-        eval_images: how many there were.
+        eval_loss: mean cross-entropy in nats. top1, top5: percentage of the images whose class is
+        the most probable one, or among the five most probable. eval_images: number of images.
 
-    Raises UserError on all ranks where one of them cannot read its images, or none has any.
+    Raises:
+        UserError: on all ranks, if one of them cannot read its images or if there are none at all.
     """
     device = next(model.parameters()).device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, among five, images
-    problem, trains = None, model.training
+    # Sums of the loss, of correct images, of images correct among five, and of images.
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    problem, was_training = None, model.training
     model.eval()
     try:
         for batch in batches:
@@ -41,24 +47,23 @@ def evaluate(
                 batch[key].to(device, non_blocking=True) for key in ("images", "labels")
             )
             if not len(labels):
-                continue  # all of its images were bad
+                continue  # every image of the batch was unreadable and skipped
             with autocast:
                 logits = model(images).float()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals += torch.stack(
-                [loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)]
-            ).double()
+            count = torch.tensor(len(labels), device=device)
+            totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), count]).double()
     except UserError as error:
         problem = str(error)
-    model.train(trains)
+    model.train(was_training)
     ranks.raise_together(problem)
-    loss, first, among_five, images = ranks.sum(totals.to(ranks.device)).tolist()
-    if not images:
+    loss_sum, correct, correct_in_5, n_images = ranks.sum(totals.to(ranks.device)).tolist()
+    if not n_images:
         raise UserError("no validation image can be read")
     return {
-        "eval_loss": loss / images,
-        "top1": 100 * first / images,
-        "top5": 100 * among_five / images,
-        "eval_images": int(images),
+        "eval_loss": loss_sum / n_images,
+        "top1": 100 * correct / n_images,
+        "top5": 100 * correct_in_5 / n_images,
+        "eval_images": int(n_images),
     }

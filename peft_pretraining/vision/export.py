@@ -1,4 +1,4 @@
-"""Write the best model as a folder that timm reads."""
+"""Export the best model as a folder that timm reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch.nn as nn
 from safetensors.torch import save_file
@@ -15,13 +16,18 @@ from peft_pretraining.checkpoint.state import state_dict_without_tied_weights
 from peft_pretraining.vision.models import current_name, model_arguments
 from peft_pretraining.vision.transforms import evaluation_crop, normalisation
 
-# ---------------------------------------------------------------------------------------------------------- how it is kept
 
+def timm_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Return config.json in the format of the Hugging Face Hub.
 
-def timm_config(args: argparse.Namespace, model: nn.Module) -> dict:
-    """config.json as on the Hugging Face Hub: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads the folder."""
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads a folder that holds it.
+
+    Args:
+        args: parsed flags of main_vit.py.
+        model: the model of timm that these flags build.
+    """
+    pretrained = cast(dict[str, Any], model.pretrained_cfg)  # timm sets it
     statistics = {name: list(values) for name, values in normalisation(args).items()}
-    classifier = {key: model.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
     return {
         "architecture": current_name(args.model),
         "num_classes": args.nb_classes,
@@ -30,28 +36,38 @@ def timm_config(args: argparse.Namespace, model: nn.Module) -> dict:
         "pretrained_cfg": {
             "num_classes": args.nb_classes,
             "input_size": [3, args.input_size, args.input_size],
-            "fixed_input_size": bool(model.pretrained_cfg.get("fixed_input_size")),
+            "fixed_input_size": bool(pretrained.get("fixed_input_size")),
             "interpolation": "bicubic",
             "crop_pct": evaluation_crop(args),
             **statistics,
-            **classifier,
+            "first_conv": pretrained.get("first_conv"),
+            "classifier": pretrained.get("classifier"),
         },
     }
 
 
 def export(model: nn.Module, config: dict, accuracy: dict, folder: Path) -> None:
-    """Write a model that timm loads to `folder`: weights, config.json, and what it reaches. The folder is replaced as a whole."""
-    building, before = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    """Write weights, config.json and accuracy.json to a folder that timm loads.
+
+    The new folder is complete before it replaces an older one.
+
+    Args:
+        model: the model to write.
+        config: see `timm_config`.
+        accuracy: what the model reaches on the validation images.
+        folder: where to write; an existing folder is replaced.
+    """
+    temporary, previous = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     weights = {
         name: tensor.contiguous() for name, tensor in state_dict_without_tied_weights(model).items()
     }
-    save_file(weights, building / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
     for name, content in (("config.json", config), ("accuracy.json", accuracy)):
-        (building / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
-    shutil.rmtree(before, ignore_errors=True)
+        (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
+    shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
-        folder.rename(before)
-    building.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+        folder.rename(previous)
+    temporary.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Image classifiers: timm's models by today's and yesterday's names, what they cost, and how they are kept."""
+"""Models of timm: creation (also by names from before 2021), initial weights, FLOPs."""
 
 from __future__ import annotations
 
@@ -7,30 +7,42 @@ import copy
 import difflib
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from peft_pretraining.errors import UserError
 
-# ------------------------------------------------------------------------------------------------------------------ making one
+# ------------------------------------------------------------------------------------- creation
 
 
 def current_name(name: str) -> str:
-    """Today's name of a model of timm: until 2021 DeiT was `vit_deit_...`."""
+    """Return timm's present name of a model: until 2021 DeiT was called `vit_deit_...`."""
     return name.removeprefix("vit_") if name.startswith("vit_deit_") else name
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    """The classifier that the flags name, with fresh weights or those of --finetune. UserError for an unknown name, with near ones."""
+    """Return the classifier that the flags name, with fresh weights or those of --finetune.
+
+    Args:
+        args: parsed flags of main_vit.py.
+
+    Raises:
+        UserError: if timm has no model of that name (the message suggests similar names), or cannot
+            build it with these flags.
+    """
     import timm
 
     name = current_name(args.model)
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has them all"
+        similar = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = "timm.list_models() returns all of them"
+        if similar:
+            hint = f"did you mean {' or '.join(similar)}?"
         raise UserError(f"--model {args.model} is no model of timm {timm.__version__}: {hint}")
     stochastic_depth = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     try:
@@ -39,78 +51,116 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         )
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--model {name} cannot be built with these --model_kwargs, --input_size and --drop_path: {error}"
+            f"--model {name} cannot be built with these --model_kwargs, --input_size and "
+            f"--drop_path: {error}"
         ) from error
     with torch.no_grad():
-        for parameter in model.get_classifier().parameters():
+        for parameter in _classifier_of(model).parameters():
             parameter.mul_(args.head_init_scale)
     if args.finetune:
         load_weights(model, Path(args.finetune), args.model_key, args.model_prefix)
     return model
 
 
-def model_arguments(args: argparse.Namespace) -> dict:
-    """What timm must be told to build the model again: --model_kwargs, and the input size where the model's shapes depend on it."""
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments with which timm builds the model again.
+
+    They are --model_kwargs, and the image size if the shapes of the weights depend on it.
+
+    Args:
+        args: parsed flags of main_vit.py.
+    """
     import timm
 
-    usual = timm.get_pretrained_cfg(current_name(args.model))
-    fixed = usual is not None and usual.fixed_input_size and usual.input_size[-1] != args.input_size
-    return ({"img_size": args.input_size} if fixed else {}) | dict(args.model_kwargs)
+    default = timm.get_pretrained_cfg(current_name(args.model))
+    size_matters = (
+        default is not None
+        and default.fixed_input_size
+        and default.input_size[-1] != args.input_size
+    )
+    return ({"img_size": args.input_size} if size_matters else {}) | dict(args.model_kwargs)
 
 
 def load_weights(
     model: nn.Module, path: Path, keys: str = "model|module", prefix: str = ""
 ) -> None:
-    """Load the weights of a file where they fit; a classifier of another number of classes keeps its fresh ones.
+    """Load the weights of a file into the model.
 
-    keys: names, separated by |, under one of which the file may hold the weights; prefix: of the names that count.
-    Raises UserError where the file cannot be read, or a weight outside the classifier has another shape or is missing.
+    A classifier layer for another number of classes keeps its fresh weights.
+
+    Args:
+        model: the model to change.
+        path: a .safetensors or .pth file.
+        keys: names, separated by |, under one of which the file may hold the weights.
+        prefix: only weights whose names start with it count; it is removed from the names.
+
+    Raises:
+        UserError: if the file cannot be read, or a weight outside the classifier is missing or has
+            another shape.
     """
     from loguru import logger
 
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in _read_weights(path, keys).items()
+        if name.startswith(prefix)
+    }
+    classifier = {id(parameter) for parameter in _classifier_of(model).parameters()}
+    fresh = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        loaded = weights.get(name)
+        if loaded is not None and loaded.shape == tensor.shape:
+            continue
+        if id(tensor) not in classifier:
+            problem = "is missing"
+            if loaded is not None:
+                problem = f"has shape {tuple(loaded.shape)}, not {tuple(tensor.shape)}"
+            raise UserError(
+                f"{path} does not fit the model: {name} {problem}; give the --model and "
+                "--input_size that it was trained with"
+            )
+        weights.pop(name, None)
+        fresh.append(name)
+    unused = model.load_state_dict(weights, strict=False).unexpected_keys
+    logger.info(
+        f"weights loaded from {path}; kept at their initial values: {', '.join(fresh) or 'none'}; "
+        f"not used: {', '.join(unused) or 'none'}"
+    )
+
+
+def _read_weights(path: Path, keys: str) -> dict[str, Tensor]:
     try:
-        found = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            content: dict[str, Any] = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): give a .safetensors or .pth file of weights"
         ) from error
-    found = next((found[key] for key in keys.split("|") if isinstance(found.get(key), dict)), found)
-    found = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in found.items()
-        if name.startswith(prefix)
-    }
-    classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
-    fresh = []
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in found and found[name].shape == tensor.shape:
-            continue
-        if id(tensor) not in classifier:
-            what = (
-                f"has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
-                if name in found
-                else "is missing"
-            )
-            raise UserError(
-                f"{path} does not fit the model: {name} {what}; give the --model and --input_size that it was trained with"
-            )
-        found.pop(name, None)
-        fresh.append(name)
-    unused = model.load_state_dict(found, strict=False).unexpected_keys
-    logger.info(
-        f"weights from {path}; fresh: {', '.join(fresh) or 'none'}; not used: {', '.join(unused) or 'none'}"
-    )
+    for key in keys.split("|"):
+        if isinstance(content.get(key), dict):
+            return content[key]
+    return content
 
 
-# ------------------------------------------------------------------------------------------------------------- what it costs
+def _classifier_of(model: Any) -> nn.Module:
+    """Return the layer of a model of timm that computes the logits."""
+    return model.get_classifier()
+
+
+# ------------------------------------------------------------------------------------------ cost
 
 
 def forward_flops(model: nn.Module, input_size: int) -> int:
-    """Floating-point operations of one image's forward pass: products and sums of all matrix products and convolutions."""
+    """Return the floating-point operations of one image's forward pass.
+
+    Counts the multiplications and additions of all matrix products and convolutions.
+
+    Args:
+        model: the model; it is not changed.
+        input_size: pixels of an image's side.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes_only = copy.deepcopy(model).to("meta").eval()

@@ -1,31 +1,34 @@
-"""timm's augmentation, the evaluation crop, and normalisation."""
+"""timm's augmentation, the centre crop of the evaluation, and normalisation."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The ConvNeXt recipe: images of up to 32 pixels are padded and shifted, not zoomed into; these, and those from 384 pixels on, are evaluated
-# whole, all others to 7/8 of a side, as ImageNet always was.
+# As in the ConvNeXt recipe: training images of up to 32 pixels are padded and shifted instead of
+# zoomed into. The evaluation uses the whole image up to 32 and from 384 pixels on, and otherwise
+# 7/8 of each side, the usual crop of ImageNet.
 PAD_CROP_MAX_SIZE, FULL_CROP_MIN_SIZE, DEFAULT_CROP_PCT = 32, 384, 224 / 256
 
 
-# -------------------------------------------------------------------------------------------------------------- transforms
+def training_transform(args: argparse.Namespace, allow_flip: bool) -> Callable:
+    """Return timm's augmentation: PIL image -> float32 [3, input_size, input_size].
 
-
-def training_transform(args: argparse.Namespace, mirrors: bool) -> Callable:
-    """timm's augmentation as the flags say: PIL image -> float32 [3, input_size, input_size]. mirrors: flip half of the images."""
+    Args:
+        args: parsed flags of main_vit.py.
+        allow_flip: flip half of the images horizontally.
+    """
     from timm.data import create_transform
     from torchvision import transforms
 
-    chain = create_transform(
+    pipeline: Any = create_transform(
         args.input_size,
         is_training=True,
-        hflip=0.5 if mirrors else 0.0,
+        hflip=0.5 if allow_flip else 0.0,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
         interpolation=args.train_interpolation,
@@ -34,16 +37,25 @@ def training_transform(args: argparse.Namespace, mirrors: bool) -> Callable:
         re_count=args.recount,
         **normalisation(args),
     )
-    for augmentation in chain.transforms:
-        patch_posterize(augmentation)
+    for transform in pipeline.transforms:
+        patch_posterize(transform)
     if args.input_size <= PAD_CROP_MAX_SIZE:
-        crop = transforms.RandomCrop(args.input_size, padding=args.input_size // 8)
-        chain.transforms[:1] = [_resize(args.input_size), crop]
-    return chain
+        size = (args.input_size, args.input_size)
+        pipeline.transforms[:1] = [
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomCrop(args.input_size, padding=args.input_size // 8),
+        ]
+    return pipeline
 
 
 def validation_transform(args: argparse.Namespace) -> Callable:
-    """PIL image -> float32 [3, input_size, input_size]: the middle of the image, all of it where it is small or as --crop_pct says."""
+    """Return the evaluation's transform: PIL image -> float32 [3, input_size, input_size].
+
+    It takes the centre of the image; `evaluation_crop` says how much of it.
+
+    Args:
+        args: parsed flags of main_vit.py.
+    """
     from timm.data import create_transform
 
     return create_transform(
@@ -55,13 +67,13 @@ def validation_transform(args: argparse.Namespace) -> Callable:
 
 
 def evaluation_crop(args: argparse.Namespace) -> float:
-    """Share of an image's side that evaluation looks at."""
+    """Return the fraction of an image's side that the evaluation uses; --crop_pct overrides it."""
     whole = args.input_size <= PAD_CROP_MAX_SIZE or args.input_size >= FULL_CROP_MIN_SIZE
     return args.crop_pct or (1.0 if whole else DEFAULT_CROP_PCT)
 
 
-def normalisation(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """mean and std of the channels, by those names."""
+def normalisation(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the mean and standard deviation of each channel as {"mean": ..., "std": ...}."""
     from timm.data import constants
 
     if args.imagenet_default_mean_and_std:
@@ -69,23 +81,24 @@ def normalisation(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     return {"mean": constants.IMAGENET_INCEPTION_MEAN, "std": constants.IMAGENET_INCEPTION_STD}
 
 
-def patch_posterize(augmentation: Callable) -> None:
-    """At its greatest strength timm posterizes to 0 bits, a black image, which Pillow refuses from version 13 on."""
+def patch_posterize(transform: Callable) -> None:
+    """Make timm's posterize keep at least 1 bit.
+
+    At full strength timm posterizes to 0 bits, a black image, which Pillow refuses from version 13
+    on.
+
+    Args:
+        transform: one part of timm's augmentation; parts that do not posterize stay unchanged.
+    """
     from timm.data import auto_augment
 
-    policy = [op for part in getattr(augmentation, "policy", ()) for op in part]
-    for op in (*getattr(augmentation, "ops", ()), *policy):
+    policy = [op for sub_policy in getattr(transform, "policy", ()) for op in sub_policy]
+    for op in (*getattr(transform, "ops", ()), *policy):
         if op.aug_fn is auto_augment.posterize:
-            op.aug_fn = _posterize
+            op.aug_fn = _posterize_at_least_1_bit
 
 
-def _posterize(image: Image, bits: int, **more) -> Image:
+def _posterize_at_least_1_bit(image: Image, bits: int, **kwargs) -> Image:
     from timm.data import auto_augment
 
-    return auto_augment.posterize(image, max(1, bits), **more)
-
-
-def _resize(size: int) -> Callable:
-    from torchvision import transforms
-
-    return transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)
+    return auto_augment.posterize(image, max(1, bits), **kwargs)
