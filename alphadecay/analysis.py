@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 
 from alphadecay.deprecated import renamed_keyword
 from alphadecay.modules import spectral_modules
@@ -39,7 +40,7 @@ def analyze(
     """
     fit_method = renamed_keyword("analyze", ("method", "fit_method"), method, fit_method)
     modules = spectral_modules(model)
-    weights = [m.weight for m in modules]
+    weights: list[Tensor] = [m.weight for m in modules]
     rows = SpectralEngine().rows(
         weights,
         gradient_norms(weights),

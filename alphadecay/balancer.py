@@ -498,7 +498,9 @@ class AlphaDecay:
         multipliers = self._controls.type_multipliers
         if multipliers is None:
             multipliers = shape_multipliers(
-                self.modules, self._map["min_ratio"], self._map["max_ratio"]
+                self.modules,
+                self._map["min_ratio"],
+                self._map["max_ratio"],  # type: ignore[arg-type]
             )
         return constant_ratios(self.modules, multipliers)
 
@@ -597,7 +599,7 @@ def _controls_from_old_keywords(more: MoreSettings, controls: Controls | None) -
     warn_deprecated(
         f"AlphaDecay({arguments})", f"controls=alphadecay.Controls({arguments})", stacklevel=4
     )
-    return Controls(**old)
+    return Controls(**old)  # type: ignore[arg-type]
 
 
 def _check_settings(

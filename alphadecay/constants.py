@@ -1,4 +1,7 @@
-"""Names of the choices that users make. Without torch, so that a command line can list them at once."""
+"""Names of the choices that users make.
+
+This module does not load torch, so that a command line can list the choices at once.
+"""
 
 METRICS = (
     "alpha",

@@ -132,6 +132,6 @@ def check_precision(what: str, parameters: Iterable[Tensor]) -> None:
     )
     if narrow:
         raise ValueError(
-            f"{what} changes weights or gradients in place, and {str(narrow)[6:]} rounds such small "
-            "changes away: keep the weights in float32 (--dtype bf16_mixed or float32)"
+            f"{what} changes weights or gradients in place, and {str(narrow)[6:]} rounds such "
+            "small changes away: keep the weights in float32 (--dtype bf16_mixed or float32)"
         )

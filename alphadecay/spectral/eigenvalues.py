@@ -23,7 +23,8 @@ from alphadecay.deprecated import renamed_keyword
 FLOAT32_RANGE = 1e3
 FLOAT64_RANGE = 1e10
 GRAM_DTYPES = (torch.float32, torch.float64)  # tried in this order
-# The k*k slices of a convolution are scaled by sqrt(0.5), as published, so their eigenvalues by 0.5.
+# The k*k slices of a convolution are scaled by sqrt(0.5), as published. So their eigenvalues are
+# scaled by 0.5.
 CONV_SCALE = 0.5
 GRAM_BLOCKS = 4  # only blocks on and below the diagonal are computed: 5/8 of the products
 # If the largest entry lies within this range, products stay within float32's without scaling.
@@ -176,7 +177,8 @@ def is_precise_enough(values: Tensor, ignored_fraction: float, dtype: torch.dtyp
     limit = FLOAT32_RANGE if dtype == torch.float32 else FLOAT64_RANGE
     # One below the median, because the paper's convention takes the threshold from there.
     index = max(0, int(values.shape[-1] * ignored_fraction) - 1)
-    return values[..., index] * limit >= values[..., -1]
+    precise: Tensor = values[..., index] * limit >= values[..., -1]
+    return precise
 
 
 def gram(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -259,7 +261,10 @@ def exact_products(device_type: str) -> Iterator[None]:
     Args:
         device_type: `cpu` or `cuda`, for autocast.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    )
     before = [backend.fp32_precision for backend in backends]
     with torch.autocast(device_type, enabled=False), torch.no_grad():
         try:

@@ -177,14 +177,14 @@ class SpectralEngine:
             size = max(1, BATCH_BYTES // (shape[-1] ** 2 * dtypes[0].itemsize))
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
-                solved = self._solve_batch(batch, ignored_fraction, dtypes)
-                for (i, _, _), values in zip(batch, solved, strict=True):
+                results = self._solve_batch(batch, ignored_fraction, dtypes)
+                for (i, _, _), values in zip(batch, results, strict=True):
                     parts[i].append(values)
         for i, scale in scales.items():
             failure = next((part for part in parts[i] if isinstance(part, Exception)), None)
-            values = [part for part in parts[i] if isinstance(part, Tensor)]
+            solved = [part for part in parts[i] if isinstance(part, Tensor)]
             is_convolution = weights[i].dim() == 4
-            spectra[i] = failure or pool_eigenvalues(values, scale, is_convolution).cpu()
+            spectra[i] = failure or pool_eigenvalues(solved, scale, is_convolution).cpu()
         return [spectra[i] for i in range(len(weights))]
 
     def _solve_batch(

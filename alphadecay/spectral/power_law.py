@@ -195,7 +195,7 @@ def _fit_smallest_distance(values: Tensor, logs: Tensor, count: int) -> PowerLaw
     chunk = max(1, ONE_THREAD // sample[0].numel())
     parts = [
         _distances(*sample, *part.unbind())
-        for part in (tails.split(chunk, 1) if count > chunk else (tails,))
+        for part in (torch.split(tails, chunk, 1) if count > chunk else (tails,))
     ]
     bounds, order = (torch.cat(parts) if count > chunk else parts[0]).sort()
     # D and candidate. No fit has a D of 1 or more; where alpha is infinite, D is NaN.
