@@ -1,9 +1,12 @@
-"""Looking at a model: statistics of every module, without training."""
+"""Analyse a model without training it."""
 
 import math
+from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 
+from alphadecay.deprecated import renamed_keyword
 from alphadecay.modules import spectral_modules
 from alphadecay.norms import gradient_norms
 from alphadecay.spectral.engine import SpectralEngine
@@ -11,18 +14,46 @@ from alphadecay.spectral.statistics import FAILURES
 
 
 def analyze(
-    model: nn.Module, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False
-) -> list[dict]:
-    """One dictionary for each Linear, Conv2d and Conv1D of a model: module, type, block, shape, the statistics
-    (None where undefined) and the reason why alpha is undefined, else None. The fit is as in `fit_power_law`."""
+    model: nn.Module,
+    fit_method: str | None = None,
+    xmin_pos: float = 2.0,
+    filter_zeros: bool = False,
+    *,
+    method: str | None = None,
+) -> list[dict[str, Any]]:
+    """Compute the statistics of every Linear, Conv2d and Conv1D of a model.
+
+    Args:
+        model: any module; DistributedDataParallel and torch.compile wrappers are unwrapped.
+        fit_method: the power-law fit (`alphadecay.FIT_METHODS`), by default `median`.
+        xmin_pos: see `alphadecay.fit_power_law`.
+        filter_zeros: see `alphadecay.fit_power_law`.
+        method: old name of `fit_method`.
+
+    Returns:
+        One dictionary for each module, in `named_modules()` order: module (its name), type, block,
+        shape, the statistics (None if undefined; gradient norms are None without a gradient), and
+        reason: why alpha is undefined, else None.
+
+    Raises:
+        ValueError: an argument of the fit is unknown or out of range.
+    """
+    fit_method = renamed_keyword("analyze", ("method", "fit_method"), method, fit_method)
     modules = spectral_modules(model)
-    weights = [m.weight for m in modules]
-    fit = {"method": method, "xmin_pos": xmin_pos, "filter_zeros": filter_zeros}
-    rows = SpectralEngine().rows(weights, gradient_norms(weights), "alpha", whole=True, **fit)
+    weights: list[Tensor] = [m.weight for m in modules]
+    rows = SpectralEngine().rows(
+        weights,
+        gradient_norms(weights),
+        "alpha",
+        whole=True,
+        method=fit_method or "median",
+        xmin_pos=xmin_pos,
+        filter_zeros=filter_zeros,
+    )
     table = []
     for module, (row, failure) in zip(modules, rows, strict=True):
         numbers = {name: None if math.isnan(value) else value for name, value in row.items()}
-        if module.weight.grad is None:  # the balancer scores it 10, but there is nothing to look at
+        if module.weight.grad is None:  # AlphaDecay scores it 10, which is not a measurement
             numbers |= {"gradnorm": None, "gradnorm_d_weightnorm": None}
         place = {
             "module": module.name,

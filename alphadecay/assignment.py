@@ -1,9 +1,11 @@
-"""Scores -> decays: the published maps, and one by ranks."""
+"""From scores to weight decays: the published maps, and one that uses ranks."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-MAPS = ("tb_linear_map", "tb_sqrt", "tb_log2", "layerwise_sigmoid", "tb_quantile")
+from alphadecay.constants import MAPS
 
 
 def assign_decays(
@@ -13,24 +15,35 @@ def assign_decays(
     min_ratio: float = 0.6666,
     max_ratio: float = 3.0,
     positive: bool = True,
-    blocks: list[str | None] | None = None,
+    blocks: Sequence[str | None] | None = None,
 ) -> Tensor:
-    """Weight decay of every module from its score (paper, equation 3, and its ablations).
+    """Return the weight decay of every module, computed from its score.
+
+    The maps are equation 3 of He et al. 2025 (arXiv 2506.14562) and those of its ablations:
+
+    * `tb_linear_map`: the lowest score gets s1 * eta, the highest s2 * eta, linear in between.
+    * `tb_sqrt`, `tb_log2`: proportional to the square root or log2 of the score, with mean eta.
+    * `layerwise_sigmoid`: 2 eta / (1 + exp(-4 z)), with z the score standardised within its block.
+    * `tb_quantile`: the linear map of the scores' ranks, so that one outlier does not set the
+      range of all modules. Equal scores share their mean rank. (Not in the paper.)
 
     Args:
-        scores: [M], one for each balanced module.
+        scores: [M], one score for each balanced module.
         weight_decay: eta.
-        mapping: one of `MAPS`.
-        min_ratio, max_ratio: s1 and s2 of the linear map, and of `tb_quantile`: the linear map of the scores' ranks, so that one
-            outlier does not set the range for all (equal scores share their mean rank).
-        positive: the decay rises with the score (the method); False reverses the order, a -> a_min + a_max - a.
-        blocks: [M], the block of each module, for `layerwise_sigmoid`.
+        mapping: one of `alphadecay.MAPS`.
+        min_ratio: s1, used by `tb_linear_map` and `tb_quantile`.
+        max_ratio: s2, likewise.
+        positive: True: the decay rises with the score, as published. False: the order is reversed,
+            a -> a_min + a_max - a.
+        blocks: [M], the name of each module's block, for `layerwise_sigmoid`. None: one block.
 
     Returns:
-        [M] float64. Where all scores are equal: the middle of the range for the maps that have one, eta for the others.
+        [M] float64, on the CPU. If all scores are equal: the middle of the range for the maps that
+        have one, eta for the others.
 
     Raises:
-        ValueError: an unknown map, a score that is not finite, or scores for which the map gives no decay >= 0.
+        ValueError: the map is unknown, a score is not finite, or the map gives a decay that is
+            negative or not finite.
     """
     if mapping not in MAPS:
         raise ValueError(f"unknown map {mapping!r}: choose one of {', '.join(MAPS)}")
@@ -48,15 +61,17 @@ def assign_decays(
     elif mapping == "layerwise_sigmoid":
         ratios = _layerwise_sigmoid(scores, blocks if blocks is not None else [None] * len(scores))
     else:
-        ratios = _share(scores, torch.sqrt if mapping == "tb_sqrt" else torch.log2)
+        ratios = _normalized_by_mean(scores, torch.sqrt if mapping == "tb_sqrt" else torch.log2)
     if not (torch.isfinite(ratios).all() and (ratios >= 0).all()):
         raise ValueError(
-            f"{mapping} gives no decay >= 0 for scores from {scores.min():.4g} to {scores.max():.4g}; use tb_linear_map"
+            f"{mapping} gives no decay >= 0 for scores from {scores.min():.4g} to "
+            f"{scores.max():.4g}; use tb_linear_map"
         )
     return weight_decay * ratios
 
 
 def _linear(scores: Tensor, min_ratio: float, max_ratio: float) -> Tensor:
+    """Map [M] scores linearly to [min_ratio, max_ratio]."""
     low, high = scores.min(), scores.max()
     if low == high:
         return torch.full_like(scores, (min_ratio + max_ratio) / 2)
@@ -64,28 +79,31 @@ def _linear(scores: Tensor, min_ratio: float, max_ratio: float) -> Tensor:
 
 
 def _quantile(scores: Tensor, min_ratio: float, max_ratio: float) -> Tensor:
+    """Map the ranks of [M] scores linearly to [min_ratio, max_ratio]."""
     if len(scores) == 1:
         return _linear(scores, min_ratio, max_ratio)
     ordered = scores.sort().values
-    below, up_to = (torch.searchsorted(ordered, scores, right=right) for right in (False, True))
-    ranks = (
-        below + up_to - 1
-    ).double() / 2  # from 0; the mean of the places that equal scores take together
+    n_below = torch.searchsorted(ordered, scores)
+    n_up_to = torch.searchsorted(ordered, scores, right=True)
+    # Equal scores take the positions n_below to n_up_to - 1, counted from 0: their mean.
+    ranks = (n_below + n_up_to - 1).double() / 2
     return ranks / (len(scores) - 1) * (max_ratio - min_ratio) + min_ratio
 
 
-def _share(scores: Tensor, function) -> Tensor:
+def _normalized_by_mean(scores: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return function(score) / mean of function over [M] scores; 1 if all scores are equal."""
     if scores.min() == scores.max():
         return torch.ones_like(scores)
     values = function(scores)
     return len(scores) * values / (values + 1e-8).sum()
 
 
-def _layerwise_sigmoid(scores: Tensor, blocks: list[str | None]) -> Tensor:
+def _layerwise_sigmoid(scores: Tensor, blocks: Sequence[str | None]) -> Tensor:
+    """Return 2 / (1 + exp(-4 z)), z being the [M] scores standardised within each block."""
     ratios = torch.empty_like(scores)
     for block in set(blocks):
-        inside = torch.tensor([b == block for b in blocks])
-        group = scores[inside]
+        in_block = torch.tensor([b == block for b in blocks])
+        group = scores[in_block]
         z = (group - group.mean()) / (group.std(correction=0) + 1e-8)
-        ratios[inside] = 2 / (1 + torch.exp(-4 * z))
+        ratios[in_block] = 2 / (1 + torch.exp(-4 * z))
     return ratios

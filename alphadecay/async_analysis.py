@@ -8,10 +8,16 @@ from torch import Tensor
 
 
 class AsyncAnalysis:
-    """An analysis that runs on a thread of its own. update: the one whose weights it sees; table: its result on all ranks."""
+    """An analysis on a background thread, or its result as a checkpoint saved it.
 
-    def __init__(self, update: int, table: Tensor | None = None):
-        self.update, self.table = update, table
+    Args:
+        update: the update whose weights it analyses.
+        table: [M, columns + 1], the statistics of all ranks; None until they are gathered.
+    """
+
+    def __init__(self, update: int, table: Tensor | None = None) -> None:
+        self.update = update
+        self.table = table
         self._result: list[Tensor] = []
         self._thread: threading.Thread | None = None
 
@@ -21,7 +27,13 @@ class AsyncAnalysis:
         copies: list[Tensor],
         stream: "torch.cuda.Stream | None",
     ) -> None:
-        """Run `analyze`; on a GPU on the side stream, which first waits for the copies to be made."""
+        """Start the background thread.
+
+        Args:
+            analyze: computes this rank's rows of the table.
+            copies: the weights that `analyze` reads, copied on the current stream.
+            stream: the side stream to run on, which first waits for the copies. None on a CPU.
+        """
 
         def run() -> None:
             if stream is None:
@@ -33,11 +45,20 @@ class AsyncAnalysis:
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(copies[0].device))
             for copy in copies:
+                # The allocator must not reuse a copy's memory before the side stream is done.
                 copy.record_stream(stream)
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
     def wait(self) -> Tensor:
-        """This rank's table. It comes: each module has its timeout, and an error marks its rows."""
+        """Wait for the thread and return this rank's table.
+
+        The thread always ends: each module has its timeout, and an error marks the rows as failed.
+
+        Raises:
+            RuntimeError: the analysis was never started.
+        """
+        if self._thread is None:
+            raise RuntimeError("the analysis was not started: call start first")
         self._thread.join()
         return self._result[0]

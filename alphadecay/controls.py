@@ -1,7 +1,12 @@
-"""Controls: decays of the same size that read no spectrum, or that stand in the wrong place."""
+"""Control experiments for module-wise decays.
+
+A control keeps part of the method and takes another part away: decays with the same mean, decays
+that use no spectral information, or decays that are assigned to shuffled modules.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,46 +14,102 @@ from torch import Tensor
 from alphadecay.assignment import assign_decays
 from alphadecay.modules import BalancedModule
 
-GRID = 1 << 14  # points of the Marchenko-Pastur law: alpha to 1e-4
+GRID = 1 << 14  # points at which the Marchenko-Pastur law is summed: alpha is exact to 1e-4
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Settings of the control experiments. The default is the method itself, without a control.
+
+    Attributes:
+        shuffle_seed: permute the decays over the modules, in a fixed random order of this seed.
+            None: do not shuffle.
+        iso_budget: rescale the decays so that their mean over the balanced modules, weighted by
+            parameters, is eta. (The linear map otherwise raises it, to about 1.5 eta for the ratios
+            0.67 and 3.)
+        type_constant: use one constant decay for each module type and no spectrum.
+        type_multipliers: module type -> decay / eta for `type_constant`; 1 for types not named.
+            None: the linear map of the alphas that the modules' shapes alone would give, see
+            `shape_multipliers`.
+        one_shot: freeze the decays after the first analysis during training, that of update
+            `every`.
+
+    Raises:
+        ValueError: two settings contradict each other, or one has no effect without another.
+    """
+
+    shuffle_seed: int | None = None
+    iso_budget: bool = False
+    type_constant: bool = False
+    type_multipliers: Mapping[str, float] | None = None
+    one_shot: bool = False
+
+    def __post_init__(self) -> None:
+        if self.type_multipliers is not None and not self.type_constant:
+            raise ValueError(
+                "type_multipliers has no effect without type_constant=True: give both, or neither"
+            )
+        if self.type_constant and self.one_shot:
+            raise ValueError("type_constant analyses no weights: leave one_shot out")
 
 
 def permutation(count: int, seed: int) -> list[int]:
-    """A fixed random order of `count` modules, the same for a seed on every rank and machine."""
+    """Return a random order of `count` modules, the same for a seed on every rank and machine."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def rescale_to_mean(
-    decays: Mapping[int, float], sizes: list[int], weight_decay: float
+    decays: Mapping[int, float], sizes: Sequence[int], weight_decay: float
 ) -> dict[int, float]:
-    """Decays rescaled so that their mean, weighted by `sizes` (parameters of each module), is `weight_decay`; all zero stays so."""
+    """Rescale decays so that their mean, weighted by parameters, is `weight_decay`.
+
+    Args:
+        decays: module index -> decay.
+        sizes: number of parameters that each module's decay applies to, for all modules.
+        weight_decay: eta, the mean to reach.
+
+    Returns:
+        Module index -> rescaled decay. Decays that are all zero stay zero.
+    """
     total = sum(sizes[i] * decay for i, decay in decays.items())
     factor = weight_decay * sum(sizes[i] for i in decays) / total if total else 1.0
     return {i: factor * decay for i, decay in decays.items()}
 
 
 def gaussian_alpha(out: int, fan_in: int) -> float:
-    """The median fit's alpha of a large matrix [out, in] of independent Gaussian entries: its shape decides alone.
+    """Return the median fit's alpha of a large matrix with independent Gaussian entries.
 
-    2.12 for a square, 3.00 for LLaMA-60M's MLPs, 3.46 for 1:4.
+    It depends on the aspect ratio alone: 2.12 for a square matrix, 3.00 for LLaMA-60M's MLPs, 3.46
+    for 1:4. Computed from the Marchenko-Pastur law, the limit of such a matrix's spectrum.
+
+    Args:
+        out: rows of the matrix.
+        fan_in: columns of the matrix.
     """
     ratio = min(out, fan_in) / max(out, fan_in)
+    # The law's support is parametrised by an angle, so that its density has no singularity.
     angle = (torch.arange(GRID, dtype=torch.float64) + 0.5) * math.pi / GRID
-    values = (
-        1 + ratio - 2 * math.sqrt(ratio) * torch.cos(angle)
-    )  # the law's support, ascending; its density in the angle:
-    weights = torch.sin(angle) ** 2 / values
-    shares = weights.cumsum(0) / weights.sum()
-    median = int(torch.searchsorted(shares, 0.5))
-    tail, share = values[median:], weights[median:]
-    return 1 + float(share.sum() / (share * torch.log(tail / values[median])).sum())
+    values = 1 + ratio - 2 * math.sqrt(ratio) * torch.cos(angle)  # ascending
+    density = torch.sin(angle) ** 2 / values
+    cumulative = density.cumsum(0) / density.sum()
+    median = int(torch.searchsorted(cumulative, 0.5))
+    tail, weights = values[median:], density[median:]
+    return 1 + float(weights.sum() / (weights * torch.log(tail / values[median])).sum())
 
 
 def shape_multipliers(
-    modules: list[BalancedModule], min_ratio: float, max_ratio: float
+    modules: Sequence[BalancedModule], min_ratio: float, max_ratio: float
 ) -> dict[str, float]:
-    """Module type -> decay / eta: the linear map of what alpha would be if all weights were Gaussian, the mean over a type's shapes.
+    """Return decay / eta of each module type, computed from the modules' shapes alone.
 
-    For LLaMA: attention `min_ratio`, MLP `max_ratio`, which is where AlphaDecay begins, before training has moved any spectrum.
+    It is the linear map of the alphas that Gaussian weights of these shapes have, averaged over the
+    modules of a type. For LLaMA attention gets `min_ratio` and the MLP `max_ratio`. AlphaDecay
+    starts from the same decays, because the initial weights are Gaussian.
+
+    Args:
+        modules: the balanced modules.
+        min_ratio: s1 of the linear map.
+        max_ratio: s2 of the linear map.
     """
     alphas: dict[str, list[float]] = {}
     for module in modules:
@@ -60,8 +121,19 @@ def shape_multipliers(
     return dict(zip(alphas, ratios.tolist(), strict=True))
 
 
-def constant_ratios(modules: list[BalancedModule], multipliers: Mapping[str, float]) -> Tensor:
-    """[M] decay / eta of each module, by its type; 1 for types that are not named. Raises ValueError for a type that no module has."""
+def constant_ratios(modules: Sequence[BalancedModule], multipliers: Mapping[str, float]) -> Tensor:
+    """Return decay / eta of each module according to its type.
+
+    Args:
+        modules: the M balanced modules.
+        multipliers: module type -> decay / eta.
+
+    Returns:
+        [M] float64; 1 for modules whose type is not named.
+
+    Raises:
+        ValueError: no module has a type that is named, or a multiplier is negative or not finite.
+    """
     types = list(dict.fromkeys(m.type for m in modules))
     for name, value in multipliers.items():
         if name not in types:

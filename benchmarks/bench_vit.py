@@ -60,7 +60,7 @@ def write_photographs(folder: Path, size: int, classes: int = 4, each: int = 64)
 def settings(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
     """The flags of main_vit.py, the recipe's defaults but for what the benchmark sets."""
     parser = vit_parser()
-    alphadecay.flags.add_flags(parser)
+    alphadecay.cli.flags.add_flags(parser)
     words = f"--model {options.model} --input_size {options.input_size} --batch_size {options.batch_size} --nb_classes 4 --drop_path 0.1"
     words += f" --data_path {folder} --model_ema true --num_workers {options.num_workers} --epochs 1000000"
     return complete(parser.parse_args(words.split()), world_size=1)

@@ -1,200 +1,248 @@
-"""The method's command-line flags, in the spelling of the published commands, for any argparse script."""
+"""The method's command-line flags, in the published spelling, for any argparse script.
+
+Importing this module and building the parser does not load torch.
+"""
+
+from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-import torch.nn as nn
-from torch.optim import Optimizer
-
-from alphadecay.assignment import MAPS
-from alphadecay.balancer import AlphaDecay
-from alphadecay.baselines.adadecay import AdaDecay
-from alphadecay.baselines.awd import AWD
-from alphadecay.cli.presets import METHODS as METHODS_BY_NAME
+from alphadecay.cli.presets import METHOD_PRESETS
 from alphadecay.cli.types import str_to_bool, type_multipliers
-from alphadecay.decay_hooks import install_decay_hooks
-from alphadecay.modules import BATCHNORM_TYPES, SCOPES
-from alphadecay.spectral.power_law import METHODS
-from alphadecay.spectral.statistics import METRICS
+from alphadecay.constants import BATCHNORM_TYPES, FIT_METHODS, MAPS, METRICS, SCOPES
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+    from torch.optim import Optimizer
+
+    from alphadecay.balancer import AlphaDecay
+    from alphadecay.baselines.adadecay import AdaDecay
+    from alphadecay.baselines.awd import AWD
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of AlphaDecay, its baselines and controls. `--weight_decay` (eta), `--lr` and `--optimizer` are the script's own."""
-    g = parser.add_argument_group("module-wise weight decay (AlphaDecay)")
-    g.add_argument(
+    """Add the flags of AlphaDecay, of its baselines and of its controls.
+
+    The script itself defines `--weight_decay` (eta), `--lr` and `--optimizer`.
+    """
+    group = parser.add_argument_group("module-wise weight decay (AlphaDecay)")
+    group.add_argument(
         "--method",
-        choices=METHODS_BY_NAME,
-        help="a method by name: fills in the flags below that it stands for",
+        choices=METHOD_PRESETS,
+        help="a method by its name: sets the flags below that it stands for",
     )
-    g.add_argument(
+    group.add_argument(
         "--use_modulewise_wd",
         action="store_true",
-        help="give each module its own decay; absent: --weight_decay everywhere",
+        help="give each module its own weight decay (default: --weight_decay everywhere)",
     )
-    g.add_argument(
+    group.add_argument(
         "--alpha_positively_with_WD",
         action="store_true",
-        help="decay rises with the score (the method); absent: the reverse, a control",
+        help="the decay rises with the score (the method); without it the order is reversed "
+        "(a control)",
     )
-    g.add_argument(
+    group.add_argument(
         "--unbalancedWD_every",
         type=int,
         default=500,
         metavar="N",
-        help="updates between two analyses (default 500)",
+        help="updates between two analyses of the weights (default 500)",
     )
-    g.add_argument(
+    group.add_argument(
         "--esd_metric_for_tb",
         choices=METRICS,
         default="alpha",
-        help="the statistic modules are scored by (default alpha)",
+        help="the statistic that modules are scored by (default alpha)",
     )
-    g.add_argument(
+    group.add_argument(
         "--assign_func",
         choices=MAPS,
         default="tb_linear_map",
-        help="score -> decay (default tb_linear_map)",
+        help="the map from scores to weight decays (default tb_linear_map)",
     )
-    g.add_argument(
+    group.add_argument(
         "--wd_min_ratio",
         type=float,
         default=0.6666,
         metavar="S1",
-        help="least decay / eta of the linear map (default 0.6666)",
+        help="linear map: the smallest decay is S1 * eta (default 0.6666)",
     )
-    g.add_argument(
+    group.add_argument(
         "--wd_max_ratio",
         type=float,
         default=3.0,
         metavar="S2",
-        help="greatest decay / eta of the linear map (default 3)",
+        help="linear map: the largest decay is S2 * eta (default 3)",
     )
-    g.add_argument(
+    _add_analysis_flags(group)
+    _add_baselines_and_controls(
+        parser.add_argument_group("baselines and controls, see also --method")
+    )
+
+
+def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how weights are analysed, which ones, and when."""
+    group.add_argument(
         "--pl_fitting",
-        choices=METHODS,
+        choices=FIT_METHODS,
         default="median",
-        help="the power-law fit (default median, as published)",
+        help="how the power-law fit chooses its threshold (default median, as published)",
     )
-    g.add_argument(
+    group.add_argument(
         "--xmin_pos",
         type=float,
         default=2.0,
-        help="median fit: N / xmin_pos is the threshold's index (default 2)",
+        help="median fit: the threshold is eigenvalue number N / xmin_pos (default 2)",
     )
-    g.add_argument(
+    group.add_argument(
         "--filter_zeros",
         type=str_to_bool,
         default=False,
         metavar="BOOL",
-        help="fit without eigenvalues up to 1e-5",
+        help="leave eigenvalues up to 1e-5 out of the fit (default false)",
     )
-    g.add_argument(
+    group.add_argument(
         "--remove_first_layer",
         type=str_to_bool,
         default=True,
         metavar="BOOL",
-        help="do not balance the first module",
+        help="do not balance the first module (default true)",
     )
-    g.add_argument(
+    group.add_argument(
         "--remove_last_layer",
         type=str_to_bool,
         default=True,
         metavar="BOOL",
-        help="do not balance the last module",
+        help="do not balance the last module (default true)",
     )
-    g.add_argument(
+    group.add_argument(
         "--batchnorm",
         type=str_to_bool,
         default=True,
         metavar="BOOL",
-        help="BatchNorm2d follows its convolution's decay",
+        help="BatchNorm2d takes the decay of its convolution (default true)",
     )
-    g.add_argument(
+    group.add_argument(
         "--batchnorm_type",
         choices=BATCHNORM_TYPES,
         default="name",
-        help="which one: of its name, or the nearest before it",
+        help="which convolution: the one of the same name with conv for bn, or (align) the "
+        "nearest balanced module before it (default name)",
     )
-    g.add_argument(
+    group.add_argument(
         "--balance_scope",
         choices=SCOPES,
         default="reference",
-        help="all_blocks: every projection of every block",
+        help="which modules are balanced: all but the first and the last (reference, default), "
+        "or every module inside a numbered block (all_blocks)",
     )
-    g.add_argument(
+    group.add_argument(
         "--esd_async",
         action="store_true",
-        help="analyse beside the training; the decays take effect --esd_lag updates later",
+        help="analyse in the background while training goes on; the new decays take effect "
+        "--esd_lag updates later",
     )
-    g.add_argument(
+    group.add_argument(
         "--esd_lag",
         type=int,
         default=10,
         metavar="N",
-        help="of --esd_async: updates until the decays take effect (default 10)",
+        help="with --esd_async: updates until the new decays take effect (default 10)",
     )
-    _add_controls(parser.add_argument_group("baselines and controls, see --method"))
 
 
-def _add_controls(g) -> None:
-    g.add_argument(
+def _add_baselines_and_controls(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the baselines, of the controls, and of AdamC and cautious decay."""
+    group.add_argument(
         "--use_AWD_NeurIPS2023",
         action="store_true",
         help="baseline: adaptive weight decay (Ghiasi et al. 2023)",
     )
-    g.add_argument(
+    group.add_argument(
         "--use_AdaDecay",
         action="store_true",
-        help="baseline: a decay for each element, each step (Nakamura & Hong 2019)",
+        help="baseline: a decay for each element at each step (Nakamura and Hong 2019)",
     )
-    g.add_argument(
+    group.add_argument(
         "--iso_budget",
         action="store_true",
-        help="rescale module-wise decays to a parameter-weighted mean of --weight_decay",
+        help="rescale module-wise decays so that their mean, weighted by parameters, is "
+        "--weight_decay",
     )
-    g.add_argument(
+    group.add_argument(
         "--one_shot",
         action="store_true",
         help="control: freeze the decays after the first analysis during training",
     )
-    g.add_argument(
+    group.add_argument(
         "--shuffle_decays",
         action="store_true",
-        help="control: a fixed random permutation of the decays over the modules",
+        help="control: permute the decays over the modules, in a fixed random order",
     )
-    g.add_argument("--shuffle_seed", type=int, default=0, help="of --shuffle_decays (default 0)")
-    g.add_argument(
+    group.add_argument(
+        "--shuffle_seed",
+        type=int,
+        default=0,
+        help="with --shuffle_decays: seed of the random order (default 0)",
+    )
+    group.add_argument(
         "--type_constant",
         action="store_true",
-        help="control: one constant decay for each module type, no spectrum",
+        help="control: one constant decay for each module type, without any spectrum",
     )
-    g.add_argument(
-        "--type_multipliers", type=type_multipliers, metavar="TYPE=X,...",
-        help="of --type_constant: decay / eta by module type, 1 where not named, e.g. q_proj=0.8,down_proj=1.2 (default: the linear map "
-        "of the alphas that Gaussian matrices of the modules' shapes have: for LLaMA S1 for attention and S2 for the MLP)",
-    )  # fmt: skip
-    g.add_argument(
+    group.add_argument(
+        "--type_multipliers",
+        type=type_multipliers,
+        metavar="TYPE=X,...",
+        help="with --type_constant: decay / eta of each module type, 1 for types that are not "
+        "named, e.g. q_proj=0.8,down_proj=1.2 (default: the linear map of the alphas that "
+        "Gaussian matrices of the modules' shapes have: for LLaMA S1 for attention and S2 for "
+        "the MLP)",
+    )
+    group.add_argument(
         "--adamc",
         action="store_true",
-        help="weights of all layers but the last decay by lr^2 / peak lr (Defazio 2025)",
+        help="the weights of all layers but the last decay by lr^2 / peak lr (Defazio 2025)",
     )
-    g.add_argument(
+    group.add_argument(
         "--cautious_decay",
         action="store_true",
-        help="decay only where the update too moves the weight towards zero",
+        help="decay only the elements that the update also moves towards zero",
     )
 
 
 def decay_from_flags(
     args: argparse.Namespace, model: nn.Module, awd_factor: float
 ) -> AlphaDecay | AWD | AdaDecay | None:
-    """What the flags ask for: AlphaDecay, AWD (at awd_factor * eta), AdaDecay, or None for uniform decay. Raises ValueError."""
+    """Build the weight-decay method that the flags ask for.
+
+    Args:
+        args: parsed arguments with the flags of `add_flags` and `weight_decay`.
+        model: the model to be trained.
+        awd_factor: AWD's strength is awd_factor * eta (published: 100 for LLaMA, 50 for ViT).
+
+    Returns:
+        AlphaDecay or a baseline; None for the same decay everywhere.
+
+    Raises:
+        ValueError: the flags contradict each other or do not suit the model.
+    """
     check_flags(args)
     if args.use_AWD_NeurIPS2023:
+        from alphadecay.baselines.awd import AWD
+
         return AWD(model, awd_factor * args.weight_decay)
     if args.use_AdaDecay:
+        from alphadecay.baselines.adadecay import AdaDecay
+
         return AdaDecay(model, args.weight_decay)
     if not args.use_modulewise_wd:
         return None
+    from alphadecay.balancer import AlphaDecay
+    from alphadecay.controls import Controls
+
     return AlphaDecay(
         model,
         args.weight_decay,
@@ -204,7 +252,7 @@ def decay_from_flags(
         metric=args.esd_metric_for_tb,
         mapping=args.assign_func,
         positive=args.alpha_positively_with_WD,
-        method=args.pl_fitting,
+        fit_method=args.pl_fitting,
         xmin_pos=args.xmin_pos,
         filter_zeros=args.filter_zeros,
         scope=args.balance_scope,
@@ -213,41 +261,58 @@ def decay_from_flags(
         batchnorm=args.batchnorm,
         batchnorm_type=args.batchnorm_type,
         lag=args.esd_lag if args.esd_async else 0,
-        one_shot=args.one_shot,
-        shuffle_seed=args.shuffle_seed if args.shuffle_decays else None,
-        iso_budget=args.iso_budget,
-        type_constant=args.type_constant,
-        type_multipliers=args.type_multipliers,
+        controls=Controls(
+            shuffle_seed=args.shuffle_seed if args.shuffle_decays else None,
+            iso_budget=args.iso_budget,
+            type_constant=args.type_constant,
+            type_multipliers=args.type_multipliers,
+            one_shot=args.one_shot,
+        ),
     )
 
 
 def register_decay_hooks(args: argparse.Namespace, optimizer: Optimizer) -> None:
-    """Have the decays reach the weights as --adamc and --cautious_decay ask. Raises ValueError where the optimizer cannot."""
+    """Register the optimizer hooks for --adamc and --cautious_decay.
+
+    Args:
+        args: parsed arguments; `lr` is the peak learning rate.
+        optimizer: an optimizer over the groups of `alphadecay.split_hidden`.
+
+    Raises:
+        ValueError: the optimizer does not support what the flags ask for.
+    """
     if args.adamc or args.cautious_decay:
+        from alphadecay.decay_hooks import install_decay_hooks
+
         install_decay_hooks(optimizer, args.lr if args.adamc else None, args.cautious_decay)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go together."""
-    kinds = [
+    """Check that the flags of `add_flags` can be combined.
+
+    Raises:
+        ValueError: two flags contradict each other, or one has no effect without another.
+    """
+    methods = [
         name
         for name in ("use_modulewise_wd", "use_AWD_NeurIPS2023", "use_AdaDecay")
         if getattr(args, name)
     ]
-    if len(kinds) > 1:
-        raise ValueError(f"--{kinds[0]} and --{kinds[1]} exclude each other: give one of them")
+    if len(methods) > 1:
+        raise ValueError(f"--{methods[0]} and --{methods[1]} exclude each other: give one of them")
     for name in ("iso_budget", "one_shot", "shuffle_decays", "type_constant"):
         if getattr(args, name) and not args.use_modulewise_wd:
             raise ValueError(
-                f"--{name} concerns module-wise decays: give --use_modulewise_wd too, or leave it out"
+                f"--{name} concerns module-wise decays: give --use_modulewise_wd too, "
+                "or leave it out"
             )
     if args.type_multipliers and not args.type_constant:
         raise ValueError(
-            "--type_multipliers are those of --type_constant: give both, or leave it out"
+            "--type_multipliers has no effect without --type_constant: give both, or leave it out"
         )
     for name in ("one_shot", "esd_async"):
         if args.type_constant and getattr(args, name):
-            raise ValueError(f"--type_constant analyses nothing: leave --{name} out")
+            raise ValueError(f"--type_constant analyses no weights: leave --{name} out")
     for name in ("adamc", "cautious_decay"):
         if args.use_AdaDecay and getattr(args, name):
             raise ValueError(

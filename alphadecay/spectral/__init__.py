@@ -1,1 +1,4 @@
-"""From a weight matrix to its statistics: eigenvalues, power law, many matrices at once. Imports nothing else of alphadecay."""
+"""From weights to statistics: eigenvalues, power-law fits, many weights at once.
+
+Imports nothing else of alphadecay but its constants.
+"""

@@ -1,97 +1,143 @@
-"""Weight -> eigenvalues: the empirical spectral density (ESD) of a module, exact and cheap.
+"""From a weight to its eigenvalues: the empirical spectral density (ESD) of a module.
 
-The eigenvalues of W^T W are the squared singular values of W. The Gram matrix on the smaller side and a values-only
-eigensolver cost a third of a singular value decomposition, but square the condition number. So the Gram matrix is made in
-float32 where that is enough, in float64 where it is not, and the singular values themselves are computed where even
-that is not enough. What is enough is told from the result: `FLOAT32_RANGE` and `FLOAT64_RANGE`.
+The eigenvalues of W^T W are the squared singular values of W. The Gram matrix of the smaller side
+and an eigensolver without eigenvectors cost a third of a singular value decomposition, but square
+the condition number. So the Gram matrix is computed in float32 if that is precise enough, in
+float64 if float32 is not, and the singular values themselves are computed if float64 is not. The
+result shows whether it is precise enough, see `FLOAT32_RANGE` and `FLOAT64_RANGE`.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-# lambda_max / lambda up to which an eigenvalue of a Gram matrix is kept. Measured on spectra that fall exponentially, as a
-# power, or have outliers (n from 128 to 512): alpha is within 4e-6 of float64 singular values below a ratio of 1e3 to
-# the median in float32 (2e-5 to 1e-4 at 3e4), and within 1e-8 below 1e10 in float64.
+from alphadecay.deprecated import renamed_keyword
+
+# Eigenvalues of a Gram matrix are precise down to lambda_max / RANGE. Measured on spectra that fall
+# exponentially, fall as a power, or have outliers (n from 128 to 512): in float32, alpha is within
+# 4e-6 of that of float64 singular values if lambda_max / median is below 1e3 (2e-5 to 1e-4 at 3e4);
+# in float64, within 1e-8 below 1e10.
 FLOAT32_RANGE = 1e3
 FLOAT64_RANGE = 1e10
-GRAM_DTYPES = (torch.float32, torch.float64)  # tried in turn
-# METHOD: the k*k slices of a convolution are scaled by sqrt(0.5), so their eigenvalues by 0.5.
+GRAM_DTYPES = (torch.float32, torch.float64)  # tried in this order
+# The k*k slices of a convolution are scaled by sqrt(0.5), as published. So their eigenvalues are
+# scaled by 0.5.
 CONV_SCALE = 0.5
-GRAM_BLOCKS = 4  # only the blocks on and below the diagonal are made: 5/8 of the products
-NO_RESCALE_RANGE = (
-    1e-12,
-    1e12,
-)  # entries of which the largest lies here need no scaling to keep their products in float32's range
+GRAM_BLOCKS = 4  # only blocks on and below the diagonal are computed: 5/8 of the products
+# If the largest entry lies within this range, products stay within float32's without scaling.
+NO_RESCALE_RANGE = (1e-12, 1e12)
 
 
-def eigenvalues(weight: Tensor, lowest: float = 0.0) -> Tensor:
-    """Eigenvalues of the correlation matrix W^T W of a weight: its squared singular values (paper, section 3).
+def eigenvalues(
+    weight: Tensor, ignored_fraction: float | None = None, *, lowest: float | None = None
+) -> Tensor:
+    """Return the eigenvalues of the correlation matrix W^T W of a weight (He et al. 2025, sec. 3).
+
+    These are its squared singular values, without any normalisation.
 
     Args:
-        weight: [out, in] of a linear layer (or its transpose, which has the same spectrum), or [out, in, kh, kw] of a
-            convolution, which is read as kh*kw matrices [out, in] scaled by sqrt(0.5) whose eigenvalues are pooled.
-            Any floating dtype; half precision is widened first.
-        lowest: the share of the spectrum, from below, whose precision does not matter: 0.5 is enough for alpha, which reads the
-            upper half, and lets most weights do with float32 products. The default does all in float64.
+        weight: [out, in] of a linear layer (or its transpose, which has the same spectrum), or
+            [out, in, kh, kw] of a convolution. A convolution counts as kh*kw matrices [out, in],
+            scaled by sqrt(0.5), whose eigenvalues are pooled. Any floating dtype; narrower ones
+            are converted to float32 or float64 first.
+        ignored_fraction: fraction of the smallest eigenvalues whose precision does not matter.
+            0.5 is enough for alpha, which uses the upper half, and lets most weights be analysed
+            with float32 products. The default, 0, computes everything in float64.
+        lowest: old name of `ignored_fraction`.
 
     Returns:
-        The N eigenvalues in ascending order, float64, on the weight's device (Apple's: on the CPU); N = min(out, in), times
-        kh*kw for a convolution. Where all is done in float64, what is zero to working precision is exactly 0.
+        [N] float64, ascending, on the weight's device (for Apple's GPUs on the CPU);
+        N = min(out, in), times kh*kw for a convolution. If everything is computed in float64,
+        eigenvalues that are zero to working precision are exactly 0.
 
     Raises:
         ValueError: the weight has another number of dimensions, is empty, or holds NaN or Inf.
         torch.linalg.LinAlgError: no solver converged.
     """
+    fraction = renamed_keyword(
+        "eigenvalues", ("lowest", "ignored_fraction"), lowest, ignored_fraction
+    )
+    fraction = 0.0 if fraction is None else fraction
     with exact_products(weight.device.type):
-        return exact_eigenvalues(weight, lowest, GRAM_DTYPES if lowest > 0 else GRAM_DTYPES[1:])
+        return exact_eigenvalues(weight, fraction, GRAM_DTYPES if fraction > 0 else GRAM_DTYPES[1:])
 
 
 def exact_eigenvalues(
-    weight: Tensor, lowest: float, dtypes: tuple[torch.dtype, ...], windows: bool = False
+    weight: Tensor,
+    ignored_fraction: float,
+    dtypes: Sequence[torch.dtype],
+    windows: bool = False,
 ) -> Tensor:
-    """`eigenvalues` for a caller that has seen to exact products itself. dtypes: those of the Gram matrix, tried in turn; windows: the
-    pooled eigenvalues of the matrix's windows (see `square_windows`) in place of its own."""
-    matrices, scale = prepare(weight, windows)
-    spectra = [spectrum(matrix, scale, lowest, dtypes) for matrix in matrices]
-    return finish(spectra, scale, convolution=weight.dim() == 4)
+    """Return `eigenvalues`, for callers that are already inside `exact_products`.
+
+    Args:
+        weight: see `eigenvalues`.
+        ignored_fraction: see `eigenvalues`.
+        dtypes: dtypes of the Gram matrix, tried in this order.
+        windows: return the pooled eigenvalues of the matrix's `square_windows` instead.
+    """
+    matrices, scale = to_matrices(weight, windows)
+    spectra = [spectrum(matrix, scale, ignored_fraction, dtypes) for matrix in matrices]
+    return pool_eigenvalues(spectra, scale, convolution=weight.dim() == 4)
 
 
-def prepare(weight: Tensor, windows: bool = False) -> tuple[list[Tensor], float]:
-    """A weight as matrices [rows, columns] of its own dtype, rows >= columns, and the power of 2 that they are to be divided by."""
+def to_matrices(weight: Tensor, windows: bool = False) -> tuple[list[Tensor], float]:
+    """Split a weight into the matrices whose eigenvalues are pooled.
+
+    Args:
+        weight: [out, in] or [out, in, kh, kw].
+        windows: split each matrix further, into its `square_windows`.
+
+    Returns:
+        Matrices [rows, columns] in the weight's dtype, with rows >= columns, and the power of 2
+        that they must be divided by so that their products neither overflow nor vanish.
+
+    Raises:
+        ValueError: the weight has another number of dimensions, is empty, or holds NaN or Inf.
+    """
     if weight.dim() not in (2, 4):
         raise ValueError(
-            f"a weight of {weight.dim()} dimensions has no spectrum here: give [out, in] or [out, in, kh, kw]"
+            f"a weight of {weight.dim()} dimensions has no spectrum here: "
+            "give [out, in] or [out, in, kh, kw]"
         )
     if weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is empty")
     weight = weight.detach()
-    if weight.device.type == "mps":  # has no float64
+    if weight.device.type == "mps":  # Apple's GPUs have no float64
         weight = weight.cpu()
-    greatest = float(torch.linalg.vector_norm(weight, ord=math.inf))
-    if not math.isfinite(greatest):
+    largest = float(torch.linalg.vector_norm(weight, ord=math.inf))
+    if not math.isfinite(largest):
         raise ValueError("the weight holds NaN or Inf")
-    scale = (
-        1.0
-        if not greatest or NO_RESCALE_RANGE[0] < greatest < NO_RESCALE_RANGE[1]
-        else 2.0 ** math.floor(math.log2(greatest))
-    )
-    slices = [weight] if weight.dim() == 2 else weight.flatten(2).unbind(2)
+    if not largest or NO_RESCALE_RANGE[0] < largest < NO_RESCALE_RANGE[1]:
+        scale = 1.0
+    else:
+        scale = 2.0 ** math.floor(math.log2(largest))
+    slices = [weight] if weight.dim() == 2 else list(weight.flatten(2).unbind(2))
     if windows:
         return [window for s in slices for window in square_windows(s)], scale
     return [s if s.shape[0] >= s.shape[1] else s.mT for s in slices], scale
 
 
 def square_windows(matrix: Tensor) -> list[Tensor]:
-    """Square windows of half the smaller side, which cover a matrix [rows, columns] (FARMS, Hu et al., ICML 2025).
+    """Cover a matrix with square windows of half its smaller side (FARMS, Hu et al., ICML 2025).
 
-    The spectrum of a Gaussian matrix, and with it alpha, depends on its aspect ratio: 2.12 for a square, 2.99 for LLaMA's MLPs, 3.41
-    for 1:4. Windows of one aspect ratio make modules of different shapes comparable. Window: w = floor(min / 2); along each side
-    ceil(side / w) windows at even distances, so the stride is w where w divides the side and less elsewhere. Cost beside the whole
-    matrix n x m (n <= m), whose solver takes n^3: 2 ceil(2 m / n) windows of (n / 2)^3, a half for a square, 3/2 for 1:3.
+    The spectrum of a Gaussian matrix, and so its alpha, depends on the aspect ratio: alpha is 2.12
+    for a square, 2.99 for LLaMA's MLPs, 3.41 for 1:4. Windows of one aspect ratio make modules of
+    different shapes comparable.
+
+    A window has the side w = floor(min(rows, columns) / 2). Along each side of the matrix lie
+    ceil(side / w) windows at even distances, so the stride is w if w divides the side, and smaller
+    otherwise. The solver of a whole n x m matrix (n <= m) takes n^3 operations, that of its
+    windows 2 * ceil(2 m / n) * (n / 2)^3: half of it for a square, 3/2 for 1:3.
+
+    Args:
+        matrix: [rows, columns].
+
+    Returns:
+        Views [w, w] of the matrix.
     """
     w = max(1, min(matrix.shape) // 2)
     starts = []
@@ -101,25 +147,52 @@ def square_windows(matrix: Tensor) -> list[Tensor]:
     return [matrix[row : row + w, column : column + w] for row in starts[0] for column in starts[1]]
 
 
-def finish(spectra: list[Tensor], scale: float, convolution: bool) -> Tensor:
-    """Undo the scaling of `prepare` and pool the slices."""
-    values = torch.cat(spectra) if len(spectra) > 1 else spectra[0]
+def pool_eigenvalues(spectra: Sequence[Tensor], scale: float, convolution: bool) -> Tensor:
+    """Undo the scaling of `to_matrices` and merge the spectra of its matrices.
+
+    Args:
+        spectra: ascending eigenvalues of each matrix.
+        scale: the power of 2 that the matrices were divided by.
+        convolution: True for a convolution's slices, whose eigenvalues are halved.
+
+    Returns:
+        All eigenvalues, ascending; negative ones, which are rounding errors, become 0.
+    """
+    values = torch.cat(list(spectra)) if len(spectra) > 1 else spectra[0]
     values = values.clamp_min(0.0) * (scale * scale * (CONV_SCALE if convolution else 1.0))
     return values.sort().values if len(spectra) > 1 else values
 
 
-def is_precise_enough(values: Tensor, lowest: float, dtype: torch.dtype) -> Tensor:
-    """Whether spectra [..., n] (ascending) of Gram matrices in `dtype` are precise from the share `lowest` on: a boolean [...]."""
+def is_precise_enough(values: Tensor, ignored_fraction: float, dtype: torch.dtype) -> Tensor:
+    """Return True for each spectrum that is precise where it matters.
+
+    Args:
+        values: [..., n], ascending eigenvalues of Gram matrices.
+        ignored_fraction: fraction of the smallest eigenvalues whose precision does not matter.
+        dtype: dtype in which the Gram matrices were computed.
+
+    Returns:
+        Booleans [...].
+    """
     limit = FLOAT32_RANGE if dtype == torch.float32 else FLOAT64_RANGE
-    # One below the median: the paper's convention takes the threshold from there.
-    index = max(0, int(values.shape[-1] * lowest) - 1)
-    return values[..., index] * limit >= values[..., -1]
+    # One below the median, because the paper's convention takes the threshold from there.
+    index = max(0, int(values.shape[-1] * ignored_fraction) - 1)
+    precise: Tensor = values[..., index] * limit >= values[..., -1]
+    return precise
 
 
 def gram(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The lower blocks of (W / scale)^T (W / scale): [..., rows, n] -> [..., n, n], in `dtype`; what is above them is zero.
+    """Return the lower triangle of the Gram matrix (W / scale)^T (W / scale).
 
-    The eigensolvers read the lower triangle alone.
+    Above its diagonal blocks the result is zero: the eigensolvers read the lower triangle only.
+
+    Args:
+        matrix: [..., rows, n].
+        scale: a power of 2.
+        dtype: dtype of the products.
+
+    Returns:
+        [..., n, n] in `dtype`.
     """
     wide = matrix.to(dtype)
     wide = wide / scale if scale != 1.0 else wide
@@ -134,23 +207,44 @@ def gram(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def spectrum(
-    matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dtype, ...]
+    matrix: Tensor, scale: float, ignored_fraction: float, dtypes: Sequence[torch.dtype]
 ) -> Tensor:
-    """Ascending eigenvalues, float64, of one matrix [rows, n] divided by `scale`; see `exact_eigenvalues`."""
+    """Return the eigenvalues of one matrix, with as much precision as it needs.
+
+    Args:
+        matrix: [rows, n].
+        scale: a power of 2 that the matrix is divided by.
+        ignored_fraction: fraction of the smallest eigenvalues whose precision does not matter.
+        dtypes: dtypes of the Gram matrix, tried in this order before singular values.
+
+    Returns:
+        [n] float64, ascending.
+    """
     for dtype in dtypes:
         if matrix.dtype == torch.float64 != dtype:
-            continue
+            continue  # float32 products would throw the matrix's digits away
         try:
             values = torch.linalg.eigvalsh(gram(matrix, scale, dtype)).double()
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        if torch.isfinite(values).all() and is_precise_enough(values, lowest, dtype):
+        if torch.isfinite(values).all() and is_precise_enough(values, ignored_fraction, dtype):
             return values
     return squared_singular_values(matrix, scale)
 
 
 def squared_singular_values(matrix: Tensor, scale: float) -> Tensor:
-    """The same from the matrix itself, in float64: slow, and exact where squaring it is not."""
+    """Return the squared singular values of matrix / scale, computed in float64.
+
+    This is slow, and precise where squaring the matrix is not. Values that are zero to working
+    precision become 0.
+
+    Args:
+        matrix: [..., rows, n].
+        scale: a power of 2.
+
+    Returns:
+        [..., n] float64, ascending.
+    """
     wide = matrix.double() / scale
     values = torch.linalg.svdvals(wide).flip(-1) ** 2
     rounding = max(wide.shape[-2:]) * torch.finfo(torch.float64).eps
@@ -159,9 +253,18 @@ def squared_singular_values(matrix: Tensor, scale: float) -> Tensor:
 
 @contextlib.contextmanager
 def exact_products(device_type: str) -> Iterator[None]:
-    """Matrix products in full float32 or float64: without autocast, and without TF32 or its CPU kin, whatever the caller's
-    settings, which are back afterwards. (A Gram product rounded to bfloat16 puts alpha off by 4 to 5 %.)"""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    """Compute matrix products in full float32 or float64 inside this context.
+
+    Autocast, TF32 and the CPU's reduced-precision products are off; the caller's settings are
+    restored afterwards. (A Gram matrix rounded to bfloat16 changes alpha by 4 to 5 %.)
+
+    Args:
+        device_type: `cpu` or `cuda`, for autocast.
+    """
+    backends = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    )
     before = [backend.fp32_precision for backend in backends]
     with torch.autocast(device_type, enabled=False), torch.no_grad():
         try:

@@ -1,9 +1,12 @@
-"""Statistics of many weights: whole matrices spread over the cores of a CPU, equal shapes batched on a GPU."""
+"""Statistics of many weights: on a CPU on all its cores, on a GPU in batches of equal shapes."""
+
+from __future__ import annotations
 
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,163 +15,221 @@ from alphadecay.spectral.eigenvalues import (
     GRAM_DTYPES,
     exact_eigenvalues,
     exact_products,
-    finish,
     gram,
     is_precise_enough,
-    prepare,
+    pool_eigenvalues,
     spectrum,
+    to_matrices,
 )
 from alphadecay.spectral.statistics import (
     NOT_FINITE,
     SOLVER_FAILED,
     TIMED_OUT,
     empty_row,
-    ignored_fraction,
+    ignored_fraction_of,
     spectral_row,
 )
 from alphadecay.spectral.thread_pool import run_tasks
 
-Row = tuple[dict[str, float], int]
-CPU_BUDGET = (
-    256 << 20
-)  # bytes that matrices being solved may take together, or two of the largest if that is more
-BATCH_BYTES = (
-    256 << 20
-)  # of the Gram matrices solved together on a GPU, which with the solver's copies take three times as much
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from alphadecay.spectral.power_law import FitSettings
+
+Row = tuple[dict[str, float], int]  # statistics by column, and a failure code
+Dtypes = tuple[torch.dtype, ...]
+# Bytes that matrices being solved on a CPU may take together; two of the largest may take more.
+CPU_BUDGET = 256 << 20
+# Bytes of the Gram matrices solved together on a GPU. With the solver's copies they take 3 times
+# as much.
+BATCH_BYTES = 256 << 20
 
 
 class SpectralEngine:
-    """Analyses weights, and remembers which solver was the fastest on this device.
+    """Analyses weights, and remembers which eigensolver is the fastest on this device.
 
     Args:
-        timeout: seconds that one module may take; then it counts as failed. (On a GPU the solver itself is not timed.)
+        timeout: seconds that one module may take before it counts as failed. (On a GPU the
+            eigensolver itself is not timed.)
+
+    Attributes:
+        solvers: device, dtype and n, such as "cuda float32 512" -> name in `SOLVERS`.
     """
 
-    def __init__(self, timeout: float = 240.0):
+    def __init__(self, timeout: float = 240.0) -> None:
         self.timeout = timeout
-        self.solvers: dict[
-            str, str
-        ] = {}  # "cuda float32 512", device, dtype and n -> name in SOLVERS
+        self.solvers: dict[str, str] = {}
 
     def rows(
         self,
-        weights: list[Tensor],
-        gradnorms: list[float],
+        weights: Sequence[Tensor],
+        gradnorms: Sequence[float],
         metric: str,
         *,
         whole: bool = False,
         background: bool = False,
-        **fit: object,
+        **fit: Unpack[FitSettings],
     ) -> list[Row]:
-        """A row and a failure code (see `statistics.spectral_row`) for each weight, [out, in] or [out, in, kh, kw].
+        """Compute the statistics of each weight.
 
-        whole: every statistic, from precise eigenvalues, whether the metric needs them or not.
-        background: training goes on meanwhile, so leave its cores alone (one thread) and do not touch torch's precision settings: where
-        these allow rounded products, the products are made in float64, which they do not concern.
+        Args:
+            weights: [out, in] or [out, in, kh, kw] each, on one device. May be empty for the
+                metric `gradnorm`, which needs none.
+            gradnorms: L2 norm of each weight's gradient.
+            metric: the statistic that modules are scored by; other statistics are computed if they
+                cost nothing more.
+            whole: compute every statistic, from precise eigenvalues, whether the metric needs them
+                or not.
+            background: training goes on meanwhile. So only one thread is used, and torch's
+                precision settings, which are global, are not changed: if they allow rounded
+                products, the products are computed in float64, which they do not affect.
+            fit: keyword arguments of `fit_power_law`.
+
+        Returns:
+            For each weight its row and failure code, see `statistics.spectral_row`.
         """
         if metric == "gradnorm" or not weights:
             return [(empty_row(norm), 0) for norm in gradnorms]
-        lowest = 0.0 if whole else ignored_fraction(metric, **fit)
-        products = (
-            torch.backends.cuda.matmul if weights[0].is_cuda else torch.backends.mkldnn.matmul
+        ignored_fraction = 0.0 if whole else ignored_fraction_of(metric, **fit)
+        if weights[0].is_cuda:
+            precision = torch.backends.cuda.matmul.fp32_precision
+        else:
+            precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        rounded = background and precision not in ("ieee", "none")
+        dtypes = GRAM_DTYPES[1:] if rounded or ignored_fraction == 0 else GRAM_DTYPES
+        analyze = functools.partial(
+            self._rows, weights, gradnorms, metric, ignored_fraction, dtypes, fit
         )
-        rounded = background and products.fp32_precision not in ("ieee", "none")
-        dtypes = GRAM_DTYPES[1:] if rounded or lowest == 0 else GRAM_DTYPES
         if background:
-            return self._rows(weights, gradnorms, metric, lowest, dtypes, 1, fit)
+            return analyze(threads=1)
         with exact_products(weights[0].device.type):
-            return self._rows(
-                weights, gradnorms, metric, lowest, dtypes, torch.get_num_threads(), fit
-            )
+            return analyze(threads=torch.get_num_threads())
 
     def _rows(
-        self, weights, gradnorms, metric: str, lowest: float, dtypes: tuple, threads: int, fit: dict
+        self,
+        weights: Sequence[Tensor],
+        gradnorms: Sequence[float],
+        metric: str,
+        ignored_fraction: float,
+        dtypes: Dtypes,
+        fit: FitSettings,
+        threads: int,
     ) -> list[Row]:
+        """Compute the rows, with Gram matrices in `dtypes`, on `threads` threads."""
         windows = metric == "alpha_farms"
+        tasks: list[Callable[[], Tensor]]
         if weights[0].is_cuda:
-            spectra = self.device_spectra(weights, lowest, dtypes, windows)
-            tasks = [functools.partial(_known, values) for values in spectra]
+            spectra = self.device_spectra(weights, ignored_fraction, dtypes, windows)
+            tasks = [functools.partial(_raise_if_exception, values) for values in spectra]
         else:
             tasks = [
-                functools.partial(exact_eigenvalues, weight, lowest, dtypes, windows)
+                functools.partial(exact_eigenvalues, weight, ignored_fraction, dtypes, windows)
                 for weight in weights
             ]
             threads = min(threads, _max_concurrent_solves(weights, dtypes))
-        steps = [
-            functools.partial(_row, task, norm, metric, lowest, fit)
+        row_tasks = [
+            functools.partial(_row, task, norm, metric, ignored_fraction, fit)
             for task, norm in zip(tasks, gradnorms, strict=True)
         ]
-        # The dearest first: a long one must not start when the others are done.
+        # Start the most expensive weights first, so that no long task starts last.
         order = sorted(
             range(len(weights)), key=lambda i: -weights[i].numel() * min(weights[i].shape[:2])
         )
-        results = run_tasks([steps[i] for i in order], threads, self.timeout)
+        results = run_tasks([row_tasks[i] for i in order], threads, self.timeout)
         by_index = dict(zip(order, results, strict=True))
         return [_row_or_failure(by_index[i], gradnorms[i]) for i in range(len(weights))]
 
     def device_spectra(
         self,
-        weights: list[Tensor],
-        lowest: float,
-        dtypes: tuple[torch.dtype, ...],
+        weights: Sequence[Tensor],
+        ignored_fraction: float,
+        dtypes: Dtypes,
         windows: bool = False,
-    ) -> list:
-        """Eigenvalues of each weight on the CPU, equal shapes solved together; an exception where there are none."""
-        spectra: list = [None] * len(weights)
-        groups: dict[tuple, list[tuple[int, Tensor, float]]] = defaultdict(
-            list
-        )  # alike matrices -> (weight, matrix, scale)
-        prepared: dict[int, float] = {}
+    ) -> list[Tensor | Exception]:
+        """Compute the eigenvalues of each weight on its device, equal shapes together.
+
+        Args:
+            weights: [out, in] or [out, in, kh, kw] each.
+            ignored_fraction: see `eigenvalues`.
+            dtypes: dtypes of the Gram matrices, tried in this order.
+            windows: see `exact_eigenvalues`.
+
+        Returns:
+            For each weight its ascending eigenvalues, on the CPU, or the exception that says why
+            there are none.
+        """
+        spectra: dict[int, Tensor | Exception] = {}
+        # Shape, dtype and device of matrices -> weight's index, matrix and scale.
+        groups: dict[
+            tuple[torch.Size, torch.dtype, torch.device], list[tuple[int, Tensor, float]]
+        ] = defaultdict(list)
+        scales: dict[int, float] = {}
         for i, weight in enumerate(weights):
             try:
-                matrices, prepared[i] = prepare(weight, windows)
+                matrices, scales[i] = to_matrices(weight, windows)
             except ValueError as error:
                 spectra[i] = error
                 continue
             for matrix in matrices:
-                groups[matrix.shape, matrix.dtype, matrix.device].append((i, matrix, prepared[i]))
-        parts: dict[int, list] = defaultdict(list)
-        for ((_, n), _, _), members in groups.items():
-            size = max(1, BATCH_BYTES // (n * n * dtypes[0].itemsize))
+                groups[matrix.shape, matrix.dtype, matrix.device].append((i, matrix, scales[i]))
+        parts: dict[int, list[Tensor | Exception]] = defaultdict(list)
+        for (shape, _, _), members in groups.items():
+            size = max(1, BATCH_BYTES // (shape[-1] ** 2 * dtypes[0].itemsize))
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
-                for (i, _, _), values in zip(
-                    batch, self._solve_batch(batch, lowest, dtypes), strict=True
-                ):
+                results = self._solve_batch(batch, ignored_fraction, dtypes)
+                for (i, _, _), values in zip(batch, results, strict=True):
                     parts[i].append(values)
-        for i, scale in prepared.items():
+        for i, scale in scales.items():
             failure = next((part for part in parts[i] if isinstance(part, Exception)), None)
-            spectra[i] = failure or finish(parts[i], scale, convolution=weights[i].dim() == 4).cpu()
-        return spectra
+            solved = [part for part in parts[i] if isinstance(part, Tensor)]
+            is_convolution = weights[i].dim() == 4
+            spectra[i] = failure or pool_eigenvalues(solved, scale, is_convolution).cpu()
+        return [spectra[i] for i in range(len(weights))]
 
     def _solve_batch(
-        self, batch: list[tuple[int, Tensor, float]], lowest: float, dtypes: tuple[torch.dtype, ...]
-    ) -> list:
-        """Spectra of matrices alike in shape, dtype and device. Those for which the first dtype is not precise enough are solved together
-        in the next one, and alone after the last; so are all where the solver fails."""
+        self, batch: list[tuple[int, Tensor, float]], ignored_fraction: float, dtypes: Dtypes
+    ) -> list[Tensor | Exception]:
+        """Return the spectra of matrices that are equal in shape, dtype and device.
+
+        Matrices for which the first dtype is not precise enough are solved together in the next
+        dtype, and one by one after the last. If the batched solver fails, all are solved one by
+        one.
+
+        Args:
+            batch: (index of the weight, matrix, scale) each.
+            ignored_fraction: see `eigenvalues`.
+            dtypes: dtypes of the Gram matrices, tried in this order.
+        """
         if batch[0][1].dtype == torch.float64:
             dtypes = (torch.float64,)
         try:
             grams = torch.stack([gram(matrix, scale, dtypes[0]) for _, matrix, scale in batch])
             values = self._solver(grams)(grams).double()
-            sound = (
-                torch.isfinite(values).all(-1) & is_precise_enough(values, lowest, dtypes[0])
+            precise = (
+                torch.isfinite(values).all(-1)
+                & is_precise_enough(values, ignored_fraction, dtypes[0])
             ).tolist()
             del grams
         except RuntimeError:  # a LinAlgError, or out of memory
-            return [_solve_single(matrix, scale, lowest, dtypes) for _, matrix, scale in batch]
-        again = [member for member, ok in zip(batch, sound, strict=True) if not ok]
+            return [
+                _solve_single(matrix, scale, ignored_fraction, dtypes) for _, matrix, scale in batch
+            ]
+        again = [member for member, ok in zip(batch, precise, strict=True) if not ok]
         if again and len(dtypes) > 1:
-            better = self._solve_batch(again, lowest, dtypes[1:])
+            better = self._solve_batch(again, ignored_fraction, dtypes[1:])
         else:
-            better = [_solve_single(matrix, scale, lowest, ()) for _, matrix, scale in again]
-        rest = iter(better)
-        return [v if ok else next(rest) for v, ok in zip(values, sound, strict=True)]
+            better = [
+                _solve_single(matrix, scale, ignored_fraction, ()) for _, matrix, scale in again
+            ]
+        remaining = iter(better)
+        return [v if ok else next(remaining) for v, ok in zip(values, precise, strict=True)]
 
     def _solver(self, grams: Tensor) -> Callable[[Tensor], Tensor]:
-        """The fastest solver for these matrices [batch, n, n]: tried once on them, remembered for their device and size.
+        """Return the fastest solver for Gram matrices [batch, n, n].
 
-        Libraries differ in whether a batched call is one, and drivers in what is fast, so it is measured and not looked up.
+        Batched eigensolvers are slower than a loop with some libraries and drivers. So each solver
+        is timed once for each device, dtype and n, on up to 4 of the matrices.
         """
         key = f"{grams.device.type} {str(grams.dtype)[6:]} {grams.shape[-1]}"
         if key not in self.solvers:
@@ -178,6 +239,7 @@ class SpectralEngine:
 
 
 def _one_by_one(grams: Tensor) -> Tensor:
+    """Return the eigenvalues [batch, n] of Gram matrices [batch, n, n], one call for each."""
     return torch.stack([torch.linalg.eigvalsh(g) for g in grams])
 
 
@@ -188,7 +250,7 @@ SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _seconds(solver: Callable[[Tensor], Tensor], grams: Tensor) -> float:
-    """Of the second of two calls: the first one loads libraries. Infinite where the solver fails."""
+    """Return the seconds of one call, measured after one warm-up call; inf if the solver fails."""
     elapsed = float("inf")
     try:
         for _ in range(2):
@@ -201,35 +263,44 @@ def _seconds(solver: Callable[[Tensor], Tensor], grams: Tensor) -> float:
 
 
 def _solve_single(
-    matrix: Tensor, scale: float, lowest: float, dtypes: tuple[torch.dtype, ...]
+    matrix: Tensor, scale: float, ignored_fraction: float, dtypes: Dtypes
 ) -> Tensor | Exception:
-    """One spectrum, with more precision where it needs it; on the CPU where the device's solver fails."""
+    """Return the spectrum of one matrix, solved on the CPU if the device's solver fails."""
     try:
-        return spectrum(matrix, scale, lowest, dtypes)
+        return spectrum(matrix, scale, ignored_fraction, dtypes)
     except RuntimeError:
         pass
     try:
-        return spectrum(matrix.cpu(), scale, lowest, dtypes).to(matrix.device)
+        return spectrum(matrix.cpu(), scale, ignored_fraction, dtypes).to(matrix.device)
     except RuntimeError as error:
         return error
 
 
-def _known(values: Tensor | Exception) -> Tensor:
+def _raise_if_exception(values: Tensor | Exception) -> Tensor:
+    """Return the values, or raise them if they are an exception."""
     if isinstance(values, Exception):
         raise values
     return values
 
 
 def _row(
-    spectrum_of: Callable[[], Tensor], gradnorm: float, metric: str, lowest: float, fit: dict
+    eigenvalues: Callable[[], Tensor],
+    gradnorm: float,
+    metric: str,
+    ignored_fraction: float,
+    fit: FitSettings,
 ) -> Row:
-    values = spectrum_of()
+    """Compute the eigenvalues of one weight, and its statistics from them."""
+    values = eigenvalues()
     if not torch.isfinite(values).all():
-        raise torch.linalg.LinAlgError("the solver gave eigenvalues that are not finite")
-    return spectral_row(values, gradnorm, metric, whole=lowest == 0, **fit)
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "the solver returned eigenvalues that are not finite"
+        )
+    return spectral_row(values, gradnorm, metric, whole=ignored_fraction == 0, **fit)
 
 
 def _row_or_failure(result: Row | Exception, gradnorm: float) -> Row:
+    """Return a computed row, or an empty one with the failure code of an exception."""
     if not isinstance(result, Exception):
         return result
     if isinstance(result, TimeoutError):
@@ -237,13 +308,17 @@ def _row_or_failure(result: Row | Exception, gradnorm: float) -> Row:
     return empty_row(gradnorm), NOT_FINITE if isinstance(result, ValueError) else SOLVER_FAILED
 
 
-def _max_concurrent_solves(weights: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> int:
-    """How many matrices may be solved at a time: each takes a widened copy and, in the solver, two Gram matrices."""
+def _max_concurrent_solves(weights: Sequence[Tensor], dtypes: Dtypes) -> int:
+    """Return how many weights may be solved at once within `CPU_BUDGET`.
+
+    Each takes a copy in the Gram matrix's dtype, unless it has this dtype already, and two Gram
+    matrices in the solver.
+    """
     wide = dtypes[0].itemsize
-    bytes_each = [wide * w.shape[0] * w.shape[1] for w in weights]
-    small = [min(w.shape[:2]) for w in weights]
+    copies = [wide * w.shape[0] * w.shape[1] for w in weights]
+    sides = [min(w.shape[:2]) for w in weights]
     need = max(
-        2 * wide * n * n + (0 if w.dtype == dtypes[0] else b)
-        for n, b, w in zip(small, bytes_each, weights, strict=True)
+        2 * wide * n * n + (0 if w.dtype == dtypes[0] else copy)
+        for n, copy, w in zip(sides, copies, weights, strict=True)
     )
-    return max(1, max(CPU_BUDGET, 2 * max(bytes_each)) // need)
+    return max(1, max(CPU_BUDGET, 2 * max(copies)) // need)

@@ -1,26 +1,29 @@
-"""One row of statistics for each module: what a module can be scored by."""
+"""One row of statistics for each module: what a module can be scored by.
+
+The definitions are those of He et al. 2025 (arXiv 2506.14562) and of its published code.
+"""
+
+from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from alphadecay.constants import METRICS
 from alphadecay.spectral.power_law import UNDEFINED, UndefinedPowerLaw, fit_power_law
 
-METRICS = (
-    "alpha",
-    "alphahat",
-    "spectral_norm",
-    "fnorm",
-    "stable_rank",
-    "entropy",
-    "gradnorm",
-    "gradnorm_d_weightnorm",
-    "alpha_farms",
-)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from alphadecay.spectral.power_law import FitSettings
+
 COLUMNS = ("alpha", "D", *METRICS[1:])  # the order of a row
-NO_GRADIENT = 10.0  # gradnorm of a weight that has no gradient yet (the reference's value)
-EPSILON = 6e-5  # of the entropy: added to probabilities and rank, and the least singular value that counts
-# A row that could not be computed carries the index of the reason, so that ranks can exchange it as a number.
+NO_GRADIENT = 10.0  # gradnorm of a weight without a gradient (the published value)
+# Of the entropy: added to probabilities and to the rank, and the threshold of a singular value.
+EPSILON = 6e-5
+# A row that could not be computed carries the index of its reason in `FAILURES`, because ranks
+# exchange rows as numbers.
 NOT_FINITE, SOLVER_FAILED, TIMED_OUT, NO_SCORE = 1, 2, 3, 4
 FAILURES = (
     None,
@@ -33,38 +36,49 @@ FAILURES = (
 
 
 def empty_row(gradnorm: float) -> dict[str, float]:
-    """A row of which only the gradient's norm is known."""
+    """Return a row in which only the gradient's norm is known; the other columns are NaN."""
     return dict.fromkeys(COLUMNS, math.nan) | {"gradnorm": gradnorm}
 
 
-def ignored_fraction(
+def ignored_fraction_of(
     metric: str, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False
 ) -> float:
-    """The share of the spectrum, from below, that the metric does not read closely (`lowest` of `eigenvalues`)."""
+    """Return the fraction of the smallest eigenvalues whose precision does not affect a metric.
+
+    Args:
+        metric: one of `alphadecay.METRICS`.
+        method: of the power-law fit; likewise xmin_pos and filter_zeros, see `fit_power_law`.
+
+    Returns:
+        `ignored_fraction` of `alphadecay.eigenvalues`, from 0 (none) to 1 (all but the largest).
+    """
     if metric in ("spectral_norm", "gradnorm_d_weightnorm"):
         return 1.0
     if metric == "entropy" or filter_zeros or not method.startswith("median"):
-        return 0.0  # they read or count every eigenvalue
+        return 0.0  # every eigenvalue is used or counted
     if metric == "alpha_farms":
-        return 0.5 / xmin_pos  # the pooled threshold lies lower in some windows than in others
+        return 0.5 / xmin_pos  # in some windows the pooled threshold lies lower than in others
     return 1 / xmin_pos
 
 
 def spectral_row(
-    values: Tensor, gradnorm: float, metric: str, whole: bool = True, **fit: object
+    values: Tensor, gradnorm: float, metric: str, whole: bool = True, **fit: Unpack[FitSettings]
 ) -> tuple[dict[str, float], int]:
-    """Statistics of one module, as far as the metric asks for them.
+    """Compute the statistics of one module, as far as the metric needs them.
 
     Args:
         values: [N], the weight's eigenvalues, ascending.
         gradnorm: L2 norm of the weight's gradient.
-        metric: `gradnorm_d_weightnorm` reads the greatest eigenvalue only. For `alpha_farms` the values are those of the matrix's
-            windows, and the row has nothing else but its D.
-        whole: whether all the values are precise. The entropy, which counts the small ones, is left out where they are not.
-        fit: passed on to `fit_power_law` (method, xmin_pos, filter_zeros).
+        metric: one of `alphadecay.METRICS`. `gradnorm_d_weightnorm` needs the largest eigenvalue
+            only. For `alpha_farms` the values are those of the matrix's windows, and only
+            `alpha_farms` and D are computed.
+        whole: True if all values are precise. Otherwise the entropy, which depends on the small
+            ones, is left out.
+        fit: keyword arguments of `fit_power_law`.
 
     Returns:
-        The row, by name (NaN where not computed), and the index of its failure in `FAILURES` (0: none).
+        The row, by column (NaN where not computed), and the index of its failure in `FAILURES`
+        (0: none).
     """
     row = empty_row(gradnorm)
     if metric == "alpha_farms":
@@ -89,14 +103,23 @@ def spectral_row(
         except UndefinedPowerLaw as error:
             failure = FAILURES.index(f"alpha is undefined: {error}")
     if metric not in ("alpha", "alphahat"):
-        failure = 0  # alpha may be undefined, the score is another statistic
+        failure = 0  # the score is another statistic, which may be known although alpha is not
     if not failure and not math.isfinite(row[metric]):
         failure = NO_SCORE
     return row, failure
 
 
 def spectral_entropy(values: Tensor) -> float:
-    """-sum p ln p / ln(rank + 6e-5), p = lambda / sum(lambda) + 6e-5, rank = singular values above 6e-5; values: [N]."""
+    """Return -sum p ln p / ln(rank + 6e-5), with p = lambda / sum(lambda) + 6e-5.
+
+    The rank is the number of singular values above 6e-5.
+
+    Args:
+        values: [N], eigenvalues.
+
+    Returns:
+        The entropy; NaN if all eigenvalues are zero.
+    """
     total = values.sum()
     if total <= 0:
         return math.nan
@@ -106,5 +129,5 @@ def spectral_entropy(values: Tensor) -> float:
 
 
 def softplus(x: float) -> float:
-    """ln(1 + e^x) without overflow for large x."""
+    """Return ln(1 + e^x), without overflow for large x."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

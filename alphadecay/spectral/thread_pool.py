@@ -1,10 +1,10 @@
-"""Independent tasks on threads of their own, of which none can hang or poison the others."""
+"""Run independent tasks on threads, with a timeout for each task."""
 
 import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,16 +12,26 @@ import torch
 T = TypeVar("T")
 
 
-def run_tasks(tasks: list[Callable[[], T]], threads: int, timeout: float) -> list[T | Exception]:
-    """Results of the tasks, in their order; for a task that raised, its exception; for one that took more than `timeout` seconds,
-    a TimeoutError.
+def run_tasks(
+    tasks: Sequence[Callable[[], T]], threads: int, timeout: float
+) -> list[T | Exception]:
+    """Run tasks on threads and return their results.
 
-    LAPACK's solvers gain little from several cores on one matrix, so each task has one BLAS thread and `threads` of them run at a
-    time; only where there are fewer tasks than threads do the tasks get several. A task that hangs cannot be ended: its thread, a
-    daemon, is left behind and replaced.
+    LAPACK's solvers gain little from several cores on one matrix. So each task uses one BLAS
+    thread, and `threads` tasks run at a time. If there are fewer tasks than threads, each task uses
+    several. A task that hangs cannot be ended: its thread, a daemon, is abandoned and replaced.
+
+    Args:
+        tasks: functions without arguments that do not depend on each other.
+        threads: number of threads.
+        timeout: seconds that one task may take.
+
+    Returns:
+        The results in the order of the tasks. A task that raised gives its exception, a task that
+        took too long a TimeoutError.
     """
     before = torch.get_num_threads()
-    threads, each = min(threads, len(tasks)), max(1, threads // max(1, len(tasks)))
+    threads, threads_per_task = min(threads, len(tasks)), max(1, threads // max(1, len(tasks)))
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(tasks)):
         waiting.put(index)
@@ -29,21 +39,20 @@ def run_tasks(tasks: list[Callable[[], T]], threads: int, timeout: float) -> lis
     started: dict[int, float] = {}
 
     def work() -> None:
-        fresh = True
+        first_task = True
         while True:
             try:
                 index = waiting.get_nowait()
             except queue.Empty:
                 return
             started[index] = time.monotonic()
-            if fresh:
-                torch.set_num_threads(
-                    each
-                )  # of this thread, and of threads that begin before the end
-                fresh = False
+            if first_task:
+                # Applies to this thread, and to every thread that starts before it is reset below.
+                torch.set_num_threads(threads_per_task)
+                first_task = False
             try:
                 finished.put((index, tasks[index]()))
-            except Exception as error:  # handed to the caller, who names the module
+            except Exception as error:  # returned to the caller, who knows what the task is
                 finished.put((index, error))
 
     for _ in range(threads):

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from alphadecay.cli.presets import METHODS  # noqa: E402
+from alphadecay.cli.presets import METHOD_PRESETS  # noqa: E402
 from peft_pretraining.cli.common import Parser, method_name  # noqa: E402
 from peft_pretraining.cli.main import run_script  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
@@ -175,7 +175,7 @@ def settings_of(arguments: dict) -> dict:
 
 def variations(settings: dict) -> set[str]:
     """The arguments in which a run leaves the published setting of its method."""
-    named = METHODS.get(str(settings["method"]).split("+")[0], {})
+    named = METHOD_PRESETS.get(str(settings["method"]).split("+")[0], {})
     return {
         name for name, usual in USUAL.items() if settings.get(name, usual) != named.get(name, usual)
     }

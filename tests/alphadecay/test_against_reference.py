@@ -116,7 +116,7 @@ def test_balancer_agrees(case):
     assert groups == {None: 0.1} | decay.weight_decays
 
 
-@pytest.mark.parametrize("method", alphadecay.METHODS)
+@pytest.mark.parametrize("method", alphadecay.FIT_METHODS)
 def test_fits_pick_the_same_threshold(case, method):
     """Every fit on a few modules of each model: the twin's loops take seconds for each."""
     model, _, _, spectra = case

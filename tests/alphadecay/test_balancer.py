@@ -249,8 +249,8 @@ def test_gradnorm_needs_no_eigenvalue(monkeypatch):
     def forbidden(*arguments):
         raise AssertionError("a spectrum was looked at")
 
-    monkeypatch.setattr("alphadecay.spectral.engine.prepare", forbidden)
-    monkeypatch.setattr("alphadecay.spectral.eigenvalues.prepare", forbidden)
+    monkeypatch.setattr("alphadecay.spectral.engine.to_matrices", forbidden)
+    monkeypatch.setattr("alphadecay.spectral.eigenvalues.to_matrices", forbidden)
     model = small_model()
     decay = AlphaDecay(model, 0.1, every=1, metric="gradnorm")
     assert [r["gradnorm"] for r in decay.history] == [10.0] * 3
@@ -279,7 +279,7 @@ def test_a_map_that_fails_later_keeps_all_decays():
         ({"every": 0}, "every is 0"),
         ({"metric": "beta"}, "unknown metric 'beta': choose one of alpha"),
         ({"mapping": "cubic"}, "unknown map"),
-        ({"method": "mean"}, "unknown fit"),
+        ({"fit_method": "mean"}, "unknown fit"),
         ({"scope": "all"}, "unknown scope"),
         ({"xmin_pos": 1}, "xmin_pos is 1"),
     ],

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alphadecay
 from alphadecay.cli.flags import add_flags, check_flags, decay_from_flags
-from alphadecay.cli.presets import METHODS, parse_arguments
-from alphadecay.controls import gaussian_alpha, permutation
+from alphadecay.cli.presets import METHOD_PRESETS, parse_arguments
+from alphadecay.controls import Controls, gaussian_alpha, permutation
 from alphadecay.decay_hooks import install_decay_hooks
 from alphadecay.modules import hidden_weights
 from alphadecay.param_groups import split_hidden
@@ -41,7 +41,7 @@ def test_each_method_is_its_twin_on_two_ranks(tmp_path):
 
 
 def test_every_method_has_a_twin():
-    assert {method.split()[0] for method, _ in CASES} == set(METHODS)
+    assert {method.split()[0] for method, _ in CASES} == set(METHOD_PRESETS)
 
 
 # ------------------------------------------------------------------------------------------------------------- the controls
@@ -84,7 +84,9 @@ def test_shuffled_moves_the_same_decays():
 
 def test_a_failed_module_fails_where_its_decay_would_go():
     model = small_model()
-    decay = alphadecay.AlphaDecay(model, ETA, every=1, shuffle_seed=3, remove_first=False)
+    decay = alphadecay.AlphaDecay(
+        model, ETA, every=1, controls=Controls(shuffle_seed=3), remove_first=False
+    )
     before, names = dict(decay.weight_decays), [m.name for m in decay.modules]
     with torch.no_grad():
         for layer in model[1:]:
@@ -116,7 +118,7 @@ def test_type_constant_is_where_alphadecay_begins():
     for block in blocks:
         nn.init.normal_(block["proj"].weight), nn.init.normal_(block["up"].weight)
     constant, spectral = (
-        alphadecay.AlphaDecay(model, ETA, type_constant=on, scope="all_blocks")
+        alphadecay.AlphaDecay(model, ETA, controls=Controls(type_constant=on), scope="all_blocks")
         for on in (True, False)
     )
     expected = {
@@ -144,7 +146,7 @@ def test_type_constant_reads_no_weight():
 
 
 def test_one_shot_is_frozen_after_its_first_analysis():
-    decay = alphadecay.AlphaDecay(small_model(), ETA, every=3, one_shot=True)
+    decay = alphadecay.AlphaDecay(small_model(), ETA, every=3, controls=Controls(one_shot=True))
     optimizer = torch.optim.SGD(decay.param_groups(), lr=1)
     assert [decay.step(optimizer) for _ in range(9)] == [False, False, True] + [False] * 6
     assert {row["step"] for row in decay.history} == {0, 3}
@@ -200,11 +202,11 @@ def test_a_method_is_its_published_flags():
         ("--one_shot", "--one_shot concerns module-wise decays"),
         (
             "--method alphadecay --type_multipliers q_proj=1",
-            "--type_multipliers are those of --type_constant",
+            "--type_multipliers has no effect without --type_constant",
         ),
         (
             "--method type_constant --esd_async",
-            "--type_constant analyses nothing: leave --esd_async out",
+            "--type_constant analyses no weights: leave --esd_async out",
         ),
         (
             "--method adadecay --adamc",
@@ -212,7 +214,7 @@ def test_a_method_is_its_published_flags():
         ),
         (
             "--method type_constant --type_multipliers q_proj",
-            "'q_proj' is no list of multipliers: give for instance q_proj=0.8",
+            "'q_proj' is not a list of multipliers: give for instance q_proj=0.8",
         ),
     ],
 )
@@ -230,7 +232,8 @@ def test_contradictions_are_refused(words, message):
 )
 def test_multipliers_that_fit_no_module_are_refused(multipliers, message):
     with pytest.raises(ValueError, match=message):
-        alphadecay.AlphaDecay(small_llama(), ETA, type_constant=True, type_multipliers=multipliers)
+        controls = Controls(type_constant=True, type_multipliers=multipliers)
+        alphadecay.AlphaDecay(small_llama(), ETA, controls=controls)
 
 
 # --------------------------------------------------------------------------------------------- how a decay reaches the weights
@@ -265,12 +268,12 @@ def test_what_a_decay_cannot_reach_is_refused():
     model = small_llama()
     with pytest.raises(
         ValueError,
-        match="AdamC and cautious decay change a decoupled decay, which Adam has not: use AdamW",
+        match="AdamC and cautious decay need a decoupled weight decay, which Adam does not have",
     ):
         install_decay_hooks(build_optimizer("adam", groups_of(model), 1e-2), PEAK)
     with pytest.raises(ValueError, match="split_hidden"):
         install_decay_hooks(torch.optim.AdamW(model.parameters()), PEAK)
-    with pytest.raises(ValueError, match="does not tell: use AdamW"):
+    with pytest.raises(ValueError, match="does not provide: use AdamW"):
         install_decay_hooks(build_optimizer("muon", groups_of(model), 1e-2), cautious=True)
     narrow = small_llama().bfloat16()
     with pytest.raises(ValueError, match="cautious decay changes .* bfloat16 rounds .* bf16_mixed"):
@@ -279,7 +282,7 @@ def test_what_a_decay_cannot_reach_is_refused():
         alphadecay.AdaDecay(narrow, ETA)
     with pytest.raises(UserError, match="Muon's decays are rounded away in bfloat16"):
         build_optimizer("muon", groups_of(narrow), 1e-2)
-    with pytest.raises(ValueError, match="the optimizer decays the weights as well"):
+    with pytest.raises(ValueError, match="the optimizer also decays the weights"):
         alphadecay.AdaDecay(model, ETA).step(torch.optim.AdamW([nn.Parameter(torch.ones(3))]))
 
 

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from alphadecay.cli.presets import METHODS
+from alphadecay.cli.presets import METHOD_PRESETS
 from tests.end_to_end.common import REFERENCE_COMMAND, ROOT, exact, read_lines, run, small, trace
 
 # A method's name settles these.
@@ -242,5 +242,5 @@ def test_methods_resume_exactly(inputs, flags, tmp_path):
     for file in ("model.safetensors", "training_state/optimizer.pt"):
         assert manifests[0][file] == manifests[1][file]
     arguments = json.loads((tmp_path / "straight/run.json").read_text())["arguments"]
-    expected = METHODS[arguments["method"]]
+    expected = METHOD_PRESETS[arguments["method"]]
     assert {name: arguments[name] for name in expected} == expected

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from alphadecay import METHODS, UndefinedPowerLaw, fit_power_law
+from alphadecay import FIT_METHODS, UndefinedPowerLaw, fit_power_law
 from tests.support import reference
 
 
@@ -13,7 +13,7 @@ def sample(n, alpha, seed):
     return ((1 - uniform) ** (-1 / (alpha - 1))).sort().values
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIT_METHODS)
 @pytest.mark.parametrize("n", [50, 51, 333])
 @pytest.mark.parametrize("seed", range(4))
 def test_agrees_with_the_plain_loops(method, n, seed):
@@ -123,7 +123,7 @@ def test_filter_zeros():
     )  # none would be left: all are kept
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIT_METHODS)
 @pytest.mark.parametrize("values", [torch.zeros(60), torch.ones(60), torch.ones(1)])
 def test_undefined(method, values):
     with pytest.raises(UndefinedPowerLaw):
