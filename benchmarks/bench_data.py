@@ -118,13 +118,13 @@ def bench_reading(folder: Path, rounds: int) -> dict:
     """Tokens a second of random batches (pads not counted), and milliseconds to the batch of a random step."""
     import numpy as np
 
-    from peft_pretraining.data.shuffle import RowOrder
+    from peft_pretraining.data.shuffle import ShuffledIndices
     from peft_pretraining.data.tokenized.reader import open_prepared
 
     rng, results = np.random.default_rng(0), {}
     for kind, packing in (("padded", False), ("packed", True)):
         start = time.perf_counter()
-        rows = open_prepared(folder).rows("train", LENGTH, packing)
+        rows = open_prepared(folder).sequences("train", LENGTH, packing)
         opened = time.perf_counter() - start
         indices = rng.integers(0, len(rows), (50, BATCH))
         speeds = []
@@ -133,7 +133,7 @@ def bench_reading(folder: Path, rounds: int) -> dict:
             for batch in indices:
                 rows.batch(batch)
             speeds.append(int(rows.lengths[indices].sum()) / (time.perf_counter() - start))
-        order, seeks = RowOrder(5, len(rows)), []
+        order, seeks = ShuffledIndices(5, len(rows)), []
         for step in rng.integers(0, 2**30, 50).tolist():
             start = time.perf_counter()
             rows.batch(order.indices(step * BATCH, (step + 1) * BATCH))
@@ -145,7 +145,7 @@ def bench_reading(folder: Path, rounds: int) -> dict:
             "seek_ms": statistics.median(seeks),
             "seek_ms_worst": max(seeks),
         }
-    huge = RowOrder(5, 2**40 - 1)
+    huge = ShuffledIndices(5, 2**40 - 1)
     starts = rng.integers(0, 2**50, 50).tolist()
     order_ms = [
         1000 * seconds_of(lambda start=start: huge.indices(start, start + BATCH))

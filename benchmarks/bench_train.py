@@ -35,7 +35,7 @@ from benchmarks.bench_methods import peak_of_allocations  # noqa: E402
 from peft_pretraining.constants import IGNORE_INDEX  # noqa: E402
 from peft_pretraining.data.dataset import load_data  # noqa: E402
 from peft_pretraining.model.linear_cross_entropy import LOSSES  # noqa: E402
-from peft_pretraining.model.modeling_llama import build_model, load_config, target_rows  # noqa: E402
+from peft_pretraining.model.modeling_llama import build_model, load_config, target_positions  # noqa: E402
 from peft_pretraining.optim.optimizer import build_optimizer  # noqa: E402
 from peft_pretraining.train.flops import llama_flops, peak_flops  # noqa: E402
 
@@ -85,7 +85,7 @@ class Lane:
                 if self.kind.startswith("transformers"):
                     loss = self.model(ids, labels=labels, use_cache=False).loss
                 else:
-                    loss = self.model(ids, labels, target_rows(labels)) / targets
+                    loss = self.model(ids, labels, target_positions(labels)) / targets
             loss.backward()
             total += loss.detach()
         self.optimizer.step()
@@ -248,7 +248,7 @@ def bench_groups(size: str, options: argparse.Namespace, rows: int) -> dict:
 
     def passes() -> None:
         model.zero_grad()
-        (model(ids, ids, target_rows(ids)) / ids.numel()).backward()
+        (model(ids, ids, target_positions(ids)) / ids.numel()).backward()
 
     def step(name: str) -> None:
         if name == "alphadecay":

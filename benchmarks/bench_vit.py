@@ -85,7 +85,7 @@ class Ours:
         loss = main_vit.forward_backward(
             model, next(self.steps), self.updates, self.args, *self.loss, RANKS
         )
-        self.guard.read()
+        self.guard.resolve_pending()
         self.guard.check_update(self.updates, loss, clip_gradients(model, 0.0))
         lr, eta = main_vit.rates(self.args, self.updates, self.schedule)
         for group in optimizer.param_groups:

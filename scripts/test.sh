@@ -15,4 +15,5 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
+mypy --strict --package alphadecay
 python -m pytest "$@"

@@ -1,4 +1,19 @@
-"""Files of a checkpoint, and how they are verified."""
+"""Files of a checkpoint, and their verification.
+
+A checkpoint holds everything that a resumed run needs:
+
+    model_<step>/
+        config.json, model.safetensors      format of transformers: AutoModelForCausalLM reads them
+        tokenizer files                     written by the tokenizer's save_pretrained
+        training_state/optimizer.pt         optimizer state by parameter name
+        training_state/trainer.json         updates, tokens, weight decays, fingerprint of the data
+        training_state/random_<rank>.pt     states of the random generators of each rank
+        manifest.json                       size and SHA-256 of every file
+
+Only a folder with exactly this name is a checkpoint. A killed process can leave others behind:
+model_<step>.tmp is half written, model_<step>.deleted is half deleted, and model_<step>.replaced is
+the previous checkpoint of an update that was saved again.
+"""
 
 import json
 import re
@@ -8,32 +23,39 @@ from peft_pretraining.utils.files import sha256_file
 
 MANIFEST = "manifest.json"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-OPTIMIZER, TRAINER, RANDOM = (
-    "training_state/optimizer.pt",
-    "training_state/trainer.json",
-    "training_state/random_{}.pt",
-)
-EXTRA = "training_state/{}.safetensors"
+OPTIMIZER = "training_state/optimizer.pt"
+TRAINER = "training_state/trainer.json"
+RANDOM = "training_state/random_{}.pt"  # filled with the rank
+EXTRA = "training_state/{}.safetensors"  # filled with the name of a further module
 REQUIRED = (WEIGHTS, CONFIG, TRAINER, OPTIMIZER, RANDOM.format(0))
 
 
 def checkpoints_of(run_folder: Path) -> list[Path]:
-    """The checkpoints of a run, whole or damaged, in no order; not those that are being written or were set aside."""
+    """Return all checkpoints of a run, complete or damaged, in no particular order.
+
+    Folders of checkpoints that are being written, were archived or are being deleted do not count.
+    """
     return [
         p for p in (run_folder / "checkpoints").glob("model_*") if step_of(p) >= 0 and p.is_dir()
     ]
 
 
 def step_of(folder: Path) -> int:
-    """The number of updates after which a checkpoint was made, -1 for a folder that is named otherwise."""
+    """Return the number of updates in the name of a checkpoint, or -1 for any other name."""
     match = re.fullmatch(r"model_([0-9]+)", folder.name)
     return int(match[1]) if match else -1
 
 
-def find_corruption(folder: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None where every file is as its manifest says.
+def find_corruption(folder: Path, compare_hashes: bool = True) -> str | None:
+    """Compare the files of a checkpoint with its manifest.
 
-    hashes: compare contents; False: only which files there are and their sizes.
+    Args:
+        folder: The checkpoint.
+        compare_hashes: Also compare the SHA-256 of each file, which reads all of it. If False, only
+            names and sizes are compared.
+
+    Returns:
+        What is wrong, with the path of the file; None if every file agrees with the manifest.
     """
     manifest = folder / MANIFEST
     try:
@@ -52,14 +74,12 @@ def find_corruption(folder: Path, hashes: bool = True) -> str | None:
         path = folder / name
         try:
             if path.stat().st_size != size:
-                return f"{path} is damaged (its size is not the manifest's)"
-            if hashes and sha256_file(path) != digest:
-                return f"{path} is damaged (its SHA-256 is not the manifest's)"
+                return f"{path} is damaged (its size differs from the manifest)"
+            if compare_hashes and sha256_file(path) != digest:
+                return f"{path} is damaged (its SHA-256 differs from the manifest)"
         except (FileNotFoundError, NotADirectoryError):
             return f"{path} is missing"
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: a name that no file can have, from a damaged manifest
+        except (OSError, ValueError) as error:
+            # ValueError: a damaged manifest can list a name that no file can have.
             return f"{path} cannot be read ({error})"
     return None

@@ -1,21 +1,11 @@
-"""Checkpoints: everything that decides the future of a run, written whole or not at all, verified before it is loaded.
-
-model_<step>/
-    config.json, model.safetensors, tokenizer files     transformers' format: AutoModelForCausalLM.from_pretrained reads it
-    training_state/optimizer.pt                          state by parameter name
-    training_state/trainer.json                          step, tokens, decays, data and model fingerprints, arguments
-    training_state/random_<rank>.pt                      random states of each rank
-    manifest.json                                        size and SHA-256 of every file
-
-Only a folder of exactly that name counts. Others that a kill can leave behind: model_<step>.tmp, half written; .deleted, half deleted;
-.replaced, the one before where the same step is saved again. Here they are found and loaded; saving.py writes them.
-"""
+"""Load a checkpoint into a model, its optimizer and the random number generators."""
 
 import hashlib
 import json
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -38,10 +28,34 @@ from peft_pretraining.checkpoint.state import (
     state_dict_without_tied_weights,
 )
 from peft_pretraining.errors import UserError
-from peft_pretraining.parallel.fsdp import FSDPModule, local_shard_like
+from peft_pretraining.parallel.fsdp import is_fsdp, local_shard_like
 from peft_pretraining.parallel.process_group import DistributedContext
 
-# ----------------------------------------------------------------------------------------------------------------- loading
+# Fields of a transformers config that determine which weights a LLaMA has and what it computes.
+COMPARED_CONFIG_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+
+UNREADABLE_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 def load_checkpoint(
@@ -49,106 +63,104 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     ranks: DistributedContext,
-    config: dict | None = None,
+    config: dict[str, Any] | None = None,
     extra: dict[str, nn.Module] | None = None,
-) -> dict:
-    """Put a checkpoint's weights, optimizer state and random states in place and return its `trainer` dictionary.
+) -> dict[str, Any]:
+    """Load weights, optimizer state and random states from a checkpoint.
 
-    folder: as `find_checkpoint` returned it, which has compared its files with the manifest. Ranks beyond those that saved it get
-    random states that follow from rank 0's and the number of the rank. config: what the saved config.json must agree with, by default
-    the shapes in that of `model.config`. extra: see `Checkpoints.save`.
-    Raises UserError where a file cannot be read any more, or where the checkpoint is of another model.
+    A rank that took no part in saving the checkpoint gets random states that are derived from
+    those of rank 0 and from its own number.
+
+    Args:
+        folder: A checkpoint that `find_checkpoint` returned, which has verified its files.
+        model: Gets the weights. If it is sharded, each rank reads only its shards.
+        optimizer: Gets the optimizer state.
+        ranks: All processes of the run.
+        config: Fields that must have the same values in the saved config.json. By default, the
+            fields of `model.config` that determine the shapes of a LLaMA and what it computes.
+        extra: Further modules to load, by name; see `Checkpoints.save`.
+
+    Returns:
+        The `trainer` dictionary that was given to `Checkpoints.save`.
+
+    Raises:
+        UserError: A file cannot be read any more, or the checkpoint is of another model.
     """
     extra = extra or {}
-    if lacking := next(
-        (name for name in extra if not (folder / EXTRA.format(name)).exists()), None
-    ):
-        raise UserError(
-            f"{folder} has no weights of {lacking}: it was trained without; give the flags it was trained with"
-        )
+    for name in extra:
+        if not (folder / EXTRA.format(name)).exists():
+            raise UserError(
+                f"{folder} has no weights of {name}, because it was trained without it: "
+                "give the flags it was trained with"
+            )
     try:
         trainer = json.loads((folder / TRAINER).read_text(encoding="utf8"))
         saved_config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
-        saved_random = RANDOM.format(ranks.rank) in json.loads(
-            (folder / MANIFEST).read_text(encoding="utf8")
-        )
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+        has_own_states = RANDOM.format(ranks.rank) in manifest
         randoms = torch.load(
-            folder / RANDOM.format(ranks.rank if saved_random else 0), weights_only=True
+            folder / RANDOM.format(ranks.rank if has_own_states else 0), weights_only=True
         )
-        # Of a sharded model each rank takes its part of the files, which then never are whole on a device.
-        sharded = isinstance(model, FSDPModule)
-        device = torch.device("cpu") if sharded else ranks.device
-        states = torch.load(
-            folder / OPTIMIZER, map_location=device, weights_only=True, mmap=sharded
-        )
-        own = model.state_dict()
-        with safe_open(folder / WEIGHTS, "pt", str(device)) as file:
-            weights = {
-                name: local_shard_like(file.get_tensor(name), own.get(name)) for name in file.keys()
-            }
+        weights, states = _read_tensors(folder, model, ranks.device)
         extra_weights = {name: load_file(folder / EXTRA.format(name)) for name in extra}
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = re.split(r"\.\s|\n", str(error))[
-            0
-        ]  # torch goes on with advice to load it unsafely
+    except UNREADABLE_ERRORS as error:
+        # Only the first sentence: torch goes on with the advice to load the file unsafely.
+        reason = re.split(r"\.\s|\n", str(error))[0]
         raise UserError(
             f"{folder} cannot be read any more ({reason}): continue from another checkpoint"
         ) from error
-    _check_config(folder, saved_config, config or _shapes(model.config.to_dict()))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.state_dict()) - set(state_dict_without_tied_weights(model))
-    if unexpected or set(missing) - tied:
-        odd = sorted({*unexpected, *missing} - tied)
-        raise UserError(
-            f"{folder} does not fit the model: {odd[0]} is in only one of them; give the --model_config it was trained with"
-        )
+    _check_config(folder, saved_config, config or _compared_fields(model))
+    _load_weights(folder, model, weights)
     for name, module in extra.items():
         module.load_state_dict(extra_weights[name])
     load_optimizer_state_by_name(model, optimizer, states)
-    if saved_random:
+    if has_own_states:
         restore_random_states(randoms, ranks.device)
     else:
-        digest = hashlib.sha256(
-            randoms["torch"].numpy().tobytes() + str(ranks.rank).encode()
-        ).digest()
+        main_state = randoms["torch"].numpy().tobytes()
+        digest = hashlib.sha256(main_state + str(ranks.rank).encode()).digest()
         seed_random_generators(int.from_bytes(digest[:8], "big"))
     return trainer
 
 
-def _shapes(config: dict) -> dict:
-    """Of a transformers config what decides which weights there are and what they compute."""
-    shape = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    keys = (
-        *shape,
-        "tie_word_embeddings",
-        "rms_norm_eps",
-        "hidden_act",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-    )
-    return {key: config.get(key) for key in keys}
+def _read_tensors(
+    folder: Path, model: nn.Module, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Return weights, cut into this rank's shards, and optimizer state, by parameter name.
+
+    For a sharded model the files are mapped into memory, so that whole tensors are never on a
+    device.
+    """
+    sharded = is_fsdp(model)
+    device = torch.device("cpu") if sharded else device
+    states = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True, mmap=sharded)
+    current = model.state_dict()
+    with safe_open(folder / WEIGHTS, "pt", str(device)) as file:
+        weights = {
+            name: local_shard_like(file.get_tensor(name), current.get(name)) for name in file.keys()
+        }
+    return weights, states
 
 
-def _check_config(folder: Path, saved: dict, expected: dict) -> None:
-    for key, now in expected.items():
-        if saved.get(key) != now:
+def _load_weights(folder: Path, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.state_dict()) - set(state_dict_without_tied_weights(model))
+    if mismatched := sorted({*unexpected, *missing} - tied):
+        raise UserError(
+            f"{folder} does not fit the model: {mismatched[0]} is in only one of them; "
+            "give the --model_config it was trained with"
+        )
+
+
+def _compared_fields(model: nn.Module) -> dict[str, Any]:
+    config = model.config.to_dict()
+    return {key: config.get(key) for key in COMPARED_CONFIG_FIELDS}
+
+
+def _check_config(folder: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key, value in expected.items():
+        if saved.get(key) != value:
             raise UserError(
-                f"{folder} was trained with {key} {saved.get(key)}, but the model config says {now}: "
-                "give the model it was trained with, or do not continue from it"
+                f"{folder} was trained with {key} {saved.get(key)}, but the model config says "
+                f"{value}: give the model it was trained with, or do not continue from it"
             )

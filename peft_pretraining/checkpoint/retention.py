@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""Delete old checkpoints, and what killed processes left behind."""
 
 import shutil
 from pathlib import Path
@@ -9,22 +9,28 @@ from peft_pretraining.checkpoint.find import restore_replaced
 from peft_pretraining.checkpoint.format import checkpoints_of, find_corruption, step_of
 from peft_pretraining.utils.files import fsync_path, reason_of
 
-# ---------------------------------------------------------------------------------------------------------------- deleting
-
 
 def delete_old(run_folder: Path, keep: int, milestone_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `milestone_every`.
+    """Delete old checkpoints.
 
-    A damaged one does not count, and stays: a person may want to see it. Raises OSError where one cannot be renamed.
+    A damaged checkpoint is not counted and not deleted: a person may want to look at it.
+
+    Args:
+        run_folder: The folder of the run.
+        keep: How many of the newest checkpoints stay.
+        milestone_every: Checkpoints whose number of updates is a multiple of this stay as well.
+
+    Raises:
+        OSError: A checkpoint cannot be renamed.
     """
-    whole = sorted(
-        (p for p in checkpoints_of(run_folder) if find_corruption(p, hashes=False) is None),
+    complete = sorted(
+        (p for p in checkpoints_of(run_folder) if find_corruption(p, compare_hashes=False) is None),
         key=step_of,
     )
-    for folder in whole[:-keep]:
+    for folder in complete[:-keep]:
         if milestone_every and step_of(folder) % milestone_every == 0:
             continue
-        # Under a name that is no checkpoint's first: a kill in between must not leave a damaged one.
+        # Rename it first: a kill during the deletion must not leave a damaged checkpoint.
         deleted = folder.with_name(folder.name + ".deleted")
         folder.rename(deleted)
         fsync_path(folder.parent)
@@ -32,7 +38,7 @@ def delete_old(run_folder: Path, keep: int, milestone_every: int | None) -> None
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Remove what a killed run left half written or half deleted."""
+    """Delete the folders that a killed process left half written or half deleted."""
     restore_replaced(run_folder)
     for suffix in ("tmp", "deleted", "replaced"):
         for folder in (run_folder / "checkpoints").glob(f"model_*.{suffix}"):
@@ -40,6 +46,7 @@ def remove_leftovers(run_folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
+    """Delete a folder with all that is in it; log a warning if that fails."""
     try:
         shutil.rmtree(folder)
     except OSError as error:

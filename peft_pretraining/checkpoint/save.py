@@ -1,10 +1,10 @@
-"""Writing checkpoints (their format is in checkpoint.py) while the training goes on."""
+"""Save checkpoints in the background. Their format is described in checkpoint/format.py."""
 
 import io
 import json
-import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,31 +22,36 @@ from peft_pretraining.checkpoint.format import (
     WEIGHTS,
 )
 from peft_pretraining.checkpoint.random_state import random_states
-from peft_pretraining.checkpoint.retention import delete_old, remove_folder, remove_leftovers
+from peft_pretraining.checkpoint.retention import delete_old, remove_leftovers
 from peft_pretraining.checkpoint.snapshot import HostSnapshot, Tensors
 from peft_pretraining.checkpoint.state import (
     optimizer_state_by_name,
     state_dict_without_tied_weights,
 )
 from peft_pretraining.errors import UserError
-from peft_pretraining.parallel.fsdp import FSDPModule
+from peft_pretraining.parallel.fsdp import is_fsdp
 from peft_pretraining.parallel.process_group import DistributedContext
-from peft_pretraining.utils.files import fsync_path, reason_of, sha256_file
+from peft_pretraining.utils.files import atomic_directory, reason_of, sha256_file
 
 
 class Checkpoints:
-    """Saves a run's checkpoints in the background: a thread of rank 0 copies the state while the next update's forward and backward
-    passes run, which only read it, and then writes the copy while the training goes on.
+    """Saves the checkpoints of a run in the background.
 
-    The copy is in CPU memory that is kept for the next save: weights and optimizer state once more on rank 0, pinned on a machine
-    with CUDA (torch rounds each pinned tensor up to a power of two bytes). The thread is no daemon: an ordinary exit waits for it.
+    A thread of rank 0 copies the state into host memory during the forward and backward passes of
+    the next update, which only read it. It then writes the copy while training goes on. The memory
+    of the copy, the size of weights and optimizer state, is kept for the next save.
+
+    The thread is not a daemon, so an ordinary exit of the process waits for it.
 
     Args:
-        run_folder: gets checkpoints/model_<step>. What a killed run left there half done is removed.
-        keep: how many of the newest checkpoints remain after each save, None: all.
-        milestone_every: checkpoints of a step that is a multiple of this remain beside them.
-        on_error: what a save that fails (a full disk) does to the run: `continue` logs it, and the next save tries again;
-            `stop` makes `failure` tell it. The checkpoints before it stay whole either way.
+        run_folder: The folder of the run; checkpoints are saved as checkpoints/model_<step> in it.
+            What a killed run left there half written is removed.
+        ranks: All processes of the run.
+        keep: How many of the newest checkpoints stay after each save. None: all.
+        milestone_every: Checkpoints of an update that is a multiple of this stay as well.
+        on_error: What happens if a save fails, because the disk is full for example. `continue`
+            logs a warning, and the next save tries again. `stop` makes `failure` return the error.
+            Older checkpoints stay complete either way.
     """
 
     def __init__(
@@ -60,9 +65,9 @@ class Checkpoints:
         self._run_folder, self._ranks = run_folder, ranks
         self._keep, self._milestone_every, self._on_error = keep, milestone_every, on_error
         self._thread: threading.Thread | None = None
-        self._copy = HostSnapshot()
-        self._problem: str | None = None  # of the last save
-        self._untold = False
+        self._snapshot = HostSnapshot()
+        self._last_error: str | None = None
+        self._error_unreported = False
         if ranks.is_main:
             remove_leftovers(run_folder)
 
@@ -71,22 +76,30 @@ class Checkpoints:
         step: int,
         model: nn.Module,
         optimizer: Optimizer,
-        trainer: dict,
-        tokenizer=None,
-        config: dict | None = None,
+        trainer: dict[str, Any],
+        tokenizer: Any = None,
+        config: dict[str, Any] | None = None,
         extra: dict[str, nn.Module] | None = None,
     ) -> None:
-        """Begin to save the state as it is now; all ranks call it together. It waits for a save that is still in flight, and otherwise
-        returns at once (where the model is sharded: once the copy is gathered): call `before_update` before weights or optimizer state
-        change.
+        """Start saving the current state. All ranks must call this together.
 
-        trainer: what JSON can hold. tokenizer: anything with `save_pretrained`, or None. config: what goes into config.json, by default
-        `model.config` as transformers reads it. extra: more modules whose weights decide the future, by name.
+        Waits for the previous save, and returns before the files are written. If the model is
+        sharded, it returns when the copy in host memory is complete. Call `before_update` before
+        weights or optimizer state change.
+
+        Args:
+            step: The number of updates made so far.
+            model: The model, not wrapped in DistributedDataParallel.
+            optimizer: Its optimizer.
+            trainer: Further state, which must be representable in JSON.
+            tokenizer: An object with `save_pretrained`, or None.
+            config: The content of config.json. By default `model.config`, as transformers reads it.
+            extra: Further modules whose weights a resumed run needs, by name.
         """
         random_file = io.BytesIO()
         torch.save(random_states(self._ranks.device), random_file)
-        randoms = self._ranks.gather(random_file.getvalue())
-        sharded = isinstance(model, FSDPModule)
+        randoms = self._ranks.gather_objects(random_file.getvalue())
+        sharded = is_fsdp(model)
         if not (self._ranks.is_main or sharded):
             return
         self._wait()
@@ -96,7 +109,7 @@ class Checkpoints:
                 "dtype": str(next(model.parameters()).dtype)[6:],
             }
         weights = state_dict_without_tied_weights(model)
-        # The next forward pass writes buffers (BatchNorm's statistics); they are small.
+        # The next forward pass changes buffers (statistics of BatchNorm), so copy them now.
         weights |= {
             name: buffer.clone() for name, buffer in model.named_buffers() if name in weights
         }
@@ -105,58 +118,72 @@ class Checkpoints:
             for name, module in (extra or {}).items()
         }
         documents = {CONFIG: _json(config), TRAINER: _json(trainer)}
-        self._problem, self._untold = None, False
+        self._last_error, self._error_unreported = None, False
         states = optimizer_state_by_name(model, optimizer)
         if sharded:
-            self._copy.gather(files, states, keep=self._ranks.is_main)
+            self._snapshot.copy_sharded(files, states, keep=self._ranks.is_main)
         else:
-            self._copy.begin(files, states)
+            self._snapshot.request(files, states)
         if not self._ranks.is_main:
             return
         folder = self._run_folder / "checkpoints" / f"model_{step}"
-        arguments = (folder, documents, randoms, tokenizer)
         self._thread = threading.Thread(
-            target=self._save, args=arguments, name=f"checkpoint {step}", daemon=False
+            target=self._write_in_background,
+            args=(folder, documents, randoms, tokenizer),
+            name=f"checkpoint {step}",
+            daemon=False,
         )
         self._thread.start()
 
     def before_update(self) -> None:
-        """Wait until the state of the last `save` is copied, so that weights and optimizer state may change."""
-        self._copy.wait()
+        """Wait until the state of the last `save` is copied, so that it may change."""
+        self._snapshot.wait()
 
     def failure(self) -> str | None:
-        """With on_error `stop`, on rank 0: why the last save failed, told once; None while there is nothing to end the run for."""
-        untold, self._untold = self._untold, False
-        return self._problem if untold else None
+        """Return why the last save failed, on rank 0 and with on_error `stop`.
+
+        Each error is returned once. Returns None if there is nothing for which to end the run.
+        """
+        unreported, self._error_unreported = self._error_unreported, False
+        return self._last_error if unreported else None
 
     def finish(self) -> None:
-        """Wait, on all ranks, until the save in flight is on the disk: at the end of a run, which torchrun lets no rank finish after
-        another has failed. Raises UserError where the last save failed, whatever `on_error` says: the run would end without its
-        last checkpoint."""
+        """Wait on all ranks until the last save is written; call it at the end of a run.
+
+        All ranks wait, because torchrun ends the other ranks when one of them fails.
+
+        Raises:
+            UserError: The last save failed, whatever `on_error` is: the run would end without its
+                last checkpoint.
+        """
         self._wait()
-        problem = self._ranks.broadcast(self._problem)
-        if problem:
-            raise UserError(problem)
+        error = self._ranks.broadcast_object(self._last_error)
+        if error:
+            raise UserError(error)
 
     def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _save(
-        self, folder: Path, documents: dict[str, str], randoms: list[bytes], tokenizer
+    def _write_in_background(
+        self, folder: Path, documents: dict[str, str], randoms: list[bytes], tokenizer: Any
     ) -> None:
-        """What the thread does. It must not fail in silence, whatever happens."""
+        """Write a checkpoint and delete old ones. Runs in the thread; every error is reported."""
         try:
-            files, states = self._copy.make()
+            files, states = self._snapshot.copy()
             remove_leftovers(self._run_folder)
             write_checkpoint(folder, files, states, documents, randoms, tokenizer)
         except Exception as error:
-            remedy = "make room or make it writable; the checkpoints before it are untouched"
-            self._problem = f"{folder} could not be saved ({reason_of(error)}): {remedy}"
-            self._untold = self._on_error == "stop"
-            if not self._untold:
-                logger.warning(f"{self._problem}, training goes on and the next save tries again")
+            self._last_error = (
+                f"{folder} could not be saved ({reason_of(error)}): make room or make it writable; "
+                "older checkpoints are untouched"
+            )
+            self._error_unreported = self._on_error == "stop"
+            if not self._error_unreported:
+                logger.warning(
+                    f"{self._last_error}, training goes on and the next save tries again"
+                )
             return
         logger.info(f"saved {folder}")
         if self._keep is not None:
@@ -164,11 +191,12 @@ class Checkpoints:
                 delete_old(self._run_folder, self._keep, self._milestone_every)
             except OSError as error:
                 logger.warning(
-                    f"an old checkpoint could not be deleted ({reason_of(error)}): the next save tries again"
+                    f"an old checkpoint could not be deleted ({reason_of(error)}): "
+                    "the next save tries again"
                 )
 
 
-# ----------------------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------- writing
 
 
 def write_checkpoint(
@@ -177,56 +205,47 @@ def write_checkpoint(
     states: Tensors,
     documents: dict[str, str],
     randoms: list[bytes],
-    tokenizer,
+    tokenizer: Any,
 ) -> None:
-    """Write a checkpoint beside its place and give it its name when all of it is on the disk.
+    """Write a checkpoint so that it is complete or absent.
 
-    weights: by file name; contiguous, none twice in a file. states: the optimizer's, by parameter name. documents: texts by file name.
-    randoms: the contents of each rank's file.
-    On an error nothing of it remains, and it is raised.
+    The files are written into a temporary folder, flushed to the disk, and the folder is renamed.
+    After an error nothing of the checkpoint remains.
+
+    Args:
+        folder: The checkpoint, named model_<step>.
+        weights: Tensors by file name and name: contiguous, and none twice in the same file.
+        states: Optimizer state by parameter name.
+        documents: Texts by file name.
+        randoms: The content of the random-state file of each rank.
+        tokenizer: An object with `save_pretrained`, or None.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
     """
-    building = folder.with_name(folder.name + ".tmp")
-    try:
-        (building / OPTIMIZER).parent.mkdir(parents=True)
+    with atomic_directory(folder) as temporary:
+        (temporary / OPTIMIZER).parent.mkdir()
         for name, tensors in weights.items():
-            save_file(tensors, building / name, metadata={"format": "pt"})
+            save_file(tensors, temporary / name, metadata={"format": "pt"})
         if tokenizer is not None:
-            tokenizer.save_pretrained(building)
+            tokenizer.save_pretrained(temporary)
         for name, text in documents.items():
-            (building / name).write_text(text, encoding="utf8")
+            (temporary / name).write_text(text, encoding="utf8")
         for rank, content in enumerate(randoms):
-            (building / RANDOM.format(rank)).write_bytes(content)
-        with (building / OPTIMIZER).open(
-            "wb"
-        ) as file:  # where the disk is full, Python's file says so and torch's own does not
+            (temporary / RANDOM.format(rank)).write_bytes(content)
+        # Opened by Python: torch.save to a path reports a full disk without the system's reason.
+        with (temporary / OPTIMIZER).open("wb") as file:
             torch.save(states, file)
-        files = sorted(p for p in building.rglob("*") if p.is_file())
         manifest = {
-            p.relative_to(building).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)}
-            for p in files
+            p.relative_to(temporary).as_posix(): {
+                "size": p.stat().st_size,
+                "sha256": sha256_file(p),
+            }
+            for p in sorted(temporary.rglob("*"))
+            if p.is_file()
         }
-        (building / MANIFEST).write_text(_json(manifest), encoding="utf8")
-        for path in (*building.rglob("*"), building):
-            fsync_path(path)
-        _commit(building, folder)
-    except Exception:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        (temporary / MANIFEST).write_text(_json(manifest), encoding="utf8")
 
 
-def _json(thing: dict) -> str:
-    return json.dumps(thing, indent=2) + "\n"
-
-
-def _commit(building: Path, folder: Path) -> None:
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        folder.rename(replaced)
-    building.rename(folder)
-    for parent in (
-        folder.parent,
-        folder.parent.parent,
-    ):  # the latter has a new entry at the first save
-        fsync_path(parent)
-    if replaced.exists():
-        remove_folder(replaced)
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

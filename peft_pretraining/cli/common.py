@@ -1,79 +1,106 @@
-"""Command-line arguments that both training scripts share: the parser class, argument types, argument groups, run names."""
+"""Command-line arguments that both training scripts have: parser, types, groups, run names."""
 
 import argparse
 from typing import NoReturn
 
+from peft_pretraining.constants import OPTIMIZERS
 from peft_pretraining.errors import UserError
-from peft_pretraining.optim.optimizer import OPTIMIZERS
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
 ON_SAVE_ERROR = ("continue", "stop")
 PARALLEL = ("ddp", "fsdp")
+MAX_TAG_LENGTH = 64  # characters, the limit of W&B
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence, not the whole usage."""
+    """A parser that reports an error in one sentence, without printing the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise UserError with argparse's message."""
         raise UserError(f"{message}; see --help")
 
 
 def str_to_bool(text: str) -> bool:
-    """A boolean that means what it says: true or false, in any case."""
+    """Parse 'true' or 'false' (case-insensitive).
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
-def add_optimizer(g, lr: float, weight_decay: float) -> None:
-    """The optimizer's flags, with these defaults, to a group of a parser."""
-    g.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="adam",
-        help="adam: the decay enters the moments (L2); adamw: decoupled; muon: torch's for the hidden matrices, adamw for the rest",
-    )  # fmt: skip
-    g.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
-    g.add_argument(
+def add_optimizer(group: argparse._ArgumentGroup, lr: float, weight_decay: float) -> None:
+    """Add the flags of the optimizer to a group of arguments.
+
+    Args:
+        group: the group of a parser.
+        lr: default of --lr.
+        weight_decay: default of --weight_decay.
+    """
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adam",
+        help="adam adds the weight decay to the gradient (L2). adamw decouples it from the "
+        "gradient. muon is torch's Muon for the hidden matrices and adamw for the other "
+        "parameters. (default adam)",
+    )
+    group.add_argument("--lr", type=float, default=lr, help=f"Peak learning rate (default {lr:g}).")
+    group.add_argument(
         "--weight_decay",
         type=float,
         default=weight_decay,
-        help=f"eta, the decay that is scaled for each module (default {weight_decay:g})",
+        help=f"Weight decay eta, which is scaled for each module (default {weight_decay:g}).",
     )
-    g.add_argument(
-        "--max_skipped_updates", type=int, default=10, metavar="N",
-        help="updates whose loss or gradient is not finite are left out; after N in a row the run stops, with a checkpoint (default 10)",
-    )  # fmt: skip
+    group.add_argument(
+        "--max_skipped_updates",
+        type=int,
+        default=10,
+        metavar="N",
+        help="An update is skipped if its loss or a gradient is not finite. After N skipped "
+        "updates in a row the run stops and saves a checkpoint (default 10).",
+    )
 
 
-def add_records(g) -> None:
-    """The flags of a run's name and records to a group of a parser."""
-    g.add_argument(
-        "--on_save_error", choices=ON_SAVE_ERROR, default="continue",
-        help="when a checkpoint cannot be written, as on a full disk: continue and try again with the next (default), or stop",
-    )  # fmt: skip
-    g.add_argument(
+def add_records(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of a run's name and records to a group of arguments."""
+    group.add_argument(
+        "--on_save_error",
+        choices=ON_SAVE_ERROR,
+        default="continue",
+        help="What to do if a checkpoint cannot be written, for instance because the disk is full: "
+        "continue training and try again at the next checkpoint (default), or stop.",
+    )
+    group.add_argument(
         "--name",
-        help="name of the run and its folder (default: --wandb_name, or made of the settings)",
+        help="Name of the run and of its folder (default: --wandb_name, or a name that is built "
+        "from the settings).",
     )
-    g.add_argument("--wandb_name", help="name of the run in W&B (default: --name)")
-    g.add_argument(
-        "--no_wandb", action="store_true", help="keep the records in the run folder only"
+    group.add_argument("--wandb_name", help="Name of the run in W&B (default: --name).")
+    group.add_argument(
+        "--no_wandb",
+        action="store_true",
+        help="Write the records to the run folder only, not to W&B.",
     )
-    g.add_argument("--tags", default="", help="W&B tags, separated by commas")
-    g.add_argument(
+    group.add_argument("--tags", default="", help="W&B tags, separated by commas.")
+    group.add_argument(
         "--log_every",
         type=int,
         default=10,
-        help="updates between two lines of metrics.jsonl (default 10)",
+        help="Number of updates between two lines of metrics.jsonl (default 10).",
     )
-    g.add_argument(
+    group.add_argument(
         "--profile",
         action="store_true",
-        help="write a torch profiler trace of updates 4 to 6 of this process to RUN/profile/rank0.json.gz",
+        help="Write a torch profiler trace of updates 4 to 6 of rank 0 to "
+        "RUN/profile/rank0.json.gz.",
     )
 
 
 def method_name(args: argparse.Namespace) -> str:
-    """`alphadecay`, `gradnorm+iso_budget`: the method and what is added to it."""
+    """Return the method and the options added to it, e.g. `alphadecay` or `gradnorm+iso_budget`."""
     kinds = {
         "alphadecay": args.use_modulewise_wd,
         "awd": args.use_AWD_NeurIPS2023,
@@ -81,33 +108,55 @@ def method_name(args: argparse.Namespace) -> str:
         "uniform": True,
     }
     name = args.method or next(kind for kind, on in kinds.items() if on)
-    # A method's name settles all switches but the last three.
-    switches = ("one_shot", "shuffle_decays", "type_constant") * (not args.method) + (
-        "iso_budget",
-        "adamc",
-        "cautious_decay",
-    )
-    return "+".join([name, *(switch for switch in switches if getattr(args, switch))])
+    options = ["iso_budget", "adamc", "cautious_decay"]
+    if not args.method:
+        # The value of --method already says which of these are on.
+        options = ["one_shot", "shuffle_decays", "type_constant", *options]
+    return "+".join([name, *(option for option in options if getattr(args, option))])
 
 
 def name_run(args: argparse.Namespace, model: str) -> None:
-    """Fill in the names, and check the flags that both scripts have. Raises UserError."""
+    """Fill in the names of the run, and check the flags that both scripts have.
+
+    Args:
+        args: the parsed arguments, changed in place.
+        model: name of the model, which becomes a part of the run's name.
+
+    Raises:
+        UserError: a flag contradicts another one or is out of range.
+    """
     if args.use_modulewise_wd and args.wd_min_ratio > args.wd_max_ratio:
         raise UserError(
-            f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: swap them"
+            f"--wd_min_ratio {args.wd_min_ratio} is above --wd_max_ratio {args.wd_max_ratio}: "
+            "swap them"
         )
-    settings = f"{model}-{method_name(args)}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
+    settings = (
+        f"{model}-{method_name(args)}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}"
+        f"-seed{args.seed}"
+    )
     args.name = args.name or args.wandb_name or settings
     args.wandb_name = args.wandb_name or args.name
     args.tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]
-    if any(len(tag) > 64 for tag in args.tags):
-        raise UserError("--tags: W&B takes tags of at most 64 characters; separate them by commas")
+    if any(len(tag) > MAX_TAG_LENGTH for tag in args.tags):
+        raise UserError(
+            f"--tags: W&B takes tags of at most {MAX_TAG_LENGTH} characters; "
+            "separate them by commas"
+        )
 
 
 def check_numbers(
     args: argparse.Namespace, positive: tuple[str, ...], not_negative: tuple[str, ...]
 ) -> None:
-    """Raise UserError for an argument out of its range; None is in every range."""
+    """Check the range of numbers; an argument that is None is not checked.
+
+    Args:
+        args: the parsed arguments.
+        positive: names of the arguments that must be above 0.
+        not_negative: names of the arguments that must be 0 or more.
+
+    Raises:
+        UserError: a number is out of its range, or NaN.
+    """
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:

@@ -1,1 +1,1 @@
-"""From a source of documents to the batches of a rank."""
+"""From the data set's name to a rank's batches. May import `utils`, `errors`, `constants`."""

@@ -1,136 +1,208 @@
-"""Tokenizers: any of the Hub's or a folder's, or a byte-level BPE trained on the corpus; text is always encoded as plain text."""
+"""Tokenizers: from the Hugging Face Hub, from a folder, or a byte-level BPE trained on the corpus.
+
+Documents are always encoded as plain text: "</s>" in a document is four characters, not the token.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.files import atomic_directory
 
 if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
 
+TOKENIZER_FILE = "tokenizer.json"
 BPE_SAMPLE_BYTES = 50_000_000
-BPE_SPECIALS = ("<pad>", "</s>")  # ids 0 and 1: the LLaMA configs name 1 as the end of a sequence
-# Space, case, accents, other scripts, code, special tokens: what tokenizers differ in.
-PROBE = "Probe: naïve café, 東京 — 12,345.67 km²\n\tdef f(x): return x['a'] ** 2  # </s> <pad>  don't UPPER ‘quotes’ 🙂 ﬁne"
+# They get the ids 0 and 1: the LLaMA configs name 1 as the end of a sequence.
+BPE_SPECIAL_TOKENS = ("<pad>", "</s>")
+# Tokenizers differ in spaces, case, accents, other scripts, code and special tokens.
+PROBE_TEXT = (
+    "Probe: naïve café, 東京 — 12,345.67 km²\n\tdef f(x): return x['a'] ** 2  "
+    "# </s> <pad>  don't UPPER ‘quotes’ 🙂 ﬁne"
+)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer for pretraining.
 
-    `hf` is the Hugging Face tokenizer (to save beside a model); `encoder` is its fast core, bared of special tokens;
-    `pad_id` fills rows up (it never says what is padding, lengths do); `vocab_size` is the model's, not the tokenizer's;
-    `content_hash` is equal for tokenizers that encode alike.
+    Attributes:
+        name: The name by which the user called it.
+        hf_source: The Hugging Face tokenizer, or the folder to load it from when it is needed.
+        encoder: The backend tokenizer with special-token handling disabled.
+        eos_id: Token that ends a document.
+        pad_id: Token that fills up sequences. It does not tell what is padding: lengths do.
+        vocab_size: Number of embeddings of the model, which may exceed the tokenizer's vocabulary.
+        content_hash: Equal for tokenizers that encode alike.
     """
 
     name: str
-    hf: PreTrainedTokenizerFast
+    hf_source: PreTrainedTokenizerFast | Path
     encoder: tokenizers.Tokenizer
     eos_id: int
     pad_id: int
     vocab_size: int
     content_hash: str
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes whole documents, each followed by the end-of-sequence id.
+    @functools.cached_property
+    def hf(self) -> PreTrainedTokenizerFast:
+        """The Hugging Face tokenizer, to be saved beside a model.
 
-        Returns the ids of all documents one after another (int32 [sum of lengths]) and the documents' lengths (int64 [documents]).
-        Raises UserError for an id that the model has no embedding for.
+        Loaded at the first access, because importing transformers takes seconds.
+        """
+        if isinstance(self.hf_source, Path):
+            return _load_pretrained(str(self.hf_source))
+        return self.hf_source
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode documents, each followed by the end-of-sequence token.
+
+        Returns:
+            The tokens of all documents, int32 [sum of lengths], and the lengths of the documents,
+            int64 [documents].
+
+        Raises:
+            UserError: The model has no embedding for a token.
         """
         tokens, lengths = encode_documents(self.encoder, self.eos_id, texts)
-        return self.check(tokens), lengths
+        return self.check_ids(tokens), lengths
 
-    def check(self, tokens: np.ndarray) -> np.ndarray:
-        """The ids themselves. Raises UserError where the model has no embedding for one."""
+    def check_ids(self, tokens: np.ndarray) -> np.ndarray:
+        """Return `tokens` unchanged. Raises UserError if the model has no embedding for one."""
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise self._out_of_vocabulary(int(tokens.max()))
         return tokens
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.encoder.encode_special_tokens = True  # which pickling forgets
+        self.encoder.encode_special_tokens = True  # Pickling loses this setting.
 
     def _out_of_vocabulary(self, token: int) -> UserError:
+        needed = max(token + 1, len(self.hf))
         return UserError(
-            f"Tokenizer {self.name} gives the id {token} but the model's vocab_size is {self.vocab_size}; "
-            f"type `--tokenizer bpe`, or a model config with a vocab_size of {max(token + 1, len(self.hf))} or more."
+            f"Tokenizer {self.name} gives the id {token} but the model's vocab_size is "
+            f"{self.vocab_size}; type `--tokenizer bpe`, or a model config with a vocab_size of "
+            f"{needed} or more."
         )
 
 
 def encode_documents(
     encoder: tokenizers.Tokenizer, eos_id: int, texts: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `Tokenizer.encode` returns, unchecked: for processes that have no more of a tokenizer than its encoder."""
+    """Return what `Tokenizer.encode` returns, without checking the ids.
+
+    For worker processes, which have only the encoder.
+    """
     documents = [
         encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)
     ]
     for ids in documents:
         ids.append(eos_id)
     lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-    return np.fromiter(
-        itertools.chain.from_iterable(documents), np.int32, int(lengths.sum())
-    ), lengths
+    all_ids = itertools.chain.from_iterable(documents)
+    return np.fromiter(all_ids, np.int32, int(lengths.sum())), lengths
 
 
 def load_tokenizer(
     name: str, vocab_size: int, documents: Iterable[str], cache_dir: Path, fingerprint: str
 ) -> Tokenizer:
-    """The tokenizer of that name, ready for a model with `vocab_size` embeddings.
+    """Load a tokenizer for a model with `vocab_size` embeddings, or train one.
 
-    `name` is a folder, a name on the Hub, or `bpe`: a byte-level BPE of exactly `vocab_size` ids, trained on the first 50 MB of
-    `documents` and cached in `cache_dir` under `fingerprint` (of the corpus) and size.
-    Raises UserError where it cannot be loaded or trained, or has no end-of-sequence token.
+    Args:
+        name: A folder, a name on the Hub, or `bpe`: a byte-level BPE of exactly `vocab_size` ids.
+        vocab_size: Number of embeddings of the model.
+        documents: Texts; a BPE is trained on the first `BPE_SAMPLE_BYTES` bytes of them.
+        cache_dir: A trained BPE is stored here, under its size and `fingerprint`.
+        fingerprint: Identifies the corpus.
+
+    Raises:
+        UserError: The tokenizer cannot be loaded or trained, or it has no end-of-sequence token.
     """
-    hf = (
-        _cached_bpe(vocab_size, documents, Path(cache_dir), fingerprint)
-        if name == "bpe"
-        else _pretrained(name)
-    )
-    return wrap_tokenizer(hf, name, vocab_size)
+    if name != "bpe":
+        return wrap_tokenizer(_load_pretrained(name), name, vocab_size)
+    folder = Path(cache_dir) / "tokenizers" / f"bpe-{vocab_size}-{fingerprint}"
+    if not folder.is_dir():
+        _train_and_save_bpe(documents, vocab_size, folder)
+    # Read without transformers, whose import takes seconds. The result is the same.
+    encoder = plain_text_encoder((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    pad_id, eos_id = range(len(BPE_SPECIAL_TOKENS))
+    content_hash = hash_of_encoder(encoder, eos_id, pad_id)
+    return Tokenizer(name, folder, encoder, eos_id, pad_id, vocab_size, content_hash)
 
 
 def wrap_tokenizer(hf: PreTrainedTokenizerFast, name: str, vocab_size: int) -> Tokenizer:
-    """Makes a `Tokenizer` of a Hugging Face fast tokenizer. UserError where it has no end-of-sequence token or is a slow one."""
+    """Return a `Tokenizer` for a Hugging Face fast tokenizer.
+
+    Raises:
+        UserError: It has no end-of-sequence token, or it is not a fast tokenizer.
+    """
+    remedy = "give another with `--tokenizer FOLDER` or type `--tokenizer bpe`"
     if not hf.is_fast:
-        raise UserError(
-            f"Tokenizer {name} has no tokenizer.json; give another with `--tokenizer FOLDER` or type `--tokenizer bpe`."
-        )
+        raise UserError(f"Tokenizer {name} has no tokenizer.json; {remedy}.")
     if hf.eos_token_id is None:
-        raise UserError(
-            f"Tokenizer {name} has no end-of-sequence token; give another with `--tokenizer FOLDER` or type `--tokenizer bpe`."
-        )
-    eos, pad = hf.eos_token_id, hf.pad_token_id
-    # Filler must be an id that the model embeds; padding is told by length, so the end-of-sequence id serves as well as any.
-    filler = pad if pad is not None and pad < vocab_size else eos
-    encoder = plain_encoder(hf.backend_tokenizer)
-    tokenizer = Tokenizer(
-        name, hf, encoder, eos, filler, vocab_size, content_hash=_content_hash(encoder, eos, filler)
-    )
-    if eos >= vocab_size:
-        raise tokenizer._out_of_vocabulary(eos)
+        raise UserError(f"Tokenizer {name} has no end-of-sequence token; {remedy}.")
+    eos_id, pad_id = hf.eos_token_id, hf.pad_token_id
+    if pad_id is None or pad_id >= vocab_size:
+        # The padding token must have an embedding. Padding is told by length, so that the
+        # end-of-sequence token serves as well as any other.
+        pad_id = eos_id
+    encoder = plain_text_encoder(hf.backend_tokenizer.to_str())
+    content_hash = hash_of_encoder(encoder, eos_id, pad_id)
+    tokenizer = Tokenizer(name, hf, encoder, eos_id, pad_id, vocab_size, content_hash)
+    if eos_id >= vocab_size:
+        raise tokenizer._out_of_vocabulary(eos_id)
     return tokenizer
 
 
-def plain_encoder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy of a fast tokenizer that adds no special token and reads none in the text: "</s>" in a document is four characters.
+def load_stored_tokenizer(folder: Path, stored: dict) -> Tokenizer:
+    """Load a tokenizer that was saved to a folder, of which the ids and the hash are known.
 
-    `encode_special_tokens` does not suffice for Unigram models (T5): their vocabulary holds the special tokens as ordinary pieces,
-    which the model then finds in the text (sentencepiece itself would not). There the pieces get names that no text has.
+    transformers is imported only if the tokenizer.json alone does not give an encoder with the
+    known hash: starting a run from prepared data would otherwise take seconds longer.
+
+    Args:
+        folder: The folder, as transformers saved it.
+        stored: Its `name`, `vocab_size`, `eos_id`, `pad_id` and `content_hash`.
+
+    Raises:
+        UserError: The tokenizer cannot be loaded.
     """
-    state = json.loads(backend.to_str())
+    eos_id, pad_id, vocab_size = stored["eos_id"], stored["pad_id"], stored["vocab_size"]
+    try:
+        encoder = plain_text_encoder((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+        content_hash = hash_of_encoder(encoder, eos_id, pad_id)
+    except Exception:  # The library raises plain exceptions.
+        content_hash = ""
+    if content_hash != stored["content_hash"]:
+        return load_tokenizer(str(folder), vocab_size, (), folder, "")  # As transformers reads it.
+    return Tokenizer(stored["name"], folder, encoder, eos_id, pad_id, vocab_size, content_hash)
+
+
+def plain_text_encoder(tokenizer_state: str) -> tokenizers.Tokenizer:
+    """Return a fast tokenizer that neither adds nor recognizes special tokens.
+
+    `encode_special_tokens` is not enough for Unigram models (T5): their vocabulary contains the
+    special tokens as ordinary pieces, which the model then finds in the text (sentencepiece itself
+    would not). Here these pieces are renamed to something that no text contains.
+
+    Args:
+        tokenizer_state: A fast tokenizer as JSON: its `to_str()` or the content of its
+            tokenizer.json.
+    """
+    state = json.loads(tokenizer_state)
     state.update(post_processor=None, truncation=None, padding=None)
     if state["model"]["type"] == "Unigram":
         special = {token["content"] for token in state["added_tokens"] if token["special"]}
@@ -144,7 +216,7 @@ def plain_encoder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def encoder_from_state(state: str) -> tokenizers.Tokenizer:
-    """An encoder from its `to_str()`, which leaves out that it is to read no special token in the text."""
+    """Return an encoder from its `to_str()`, which lacks the setting for special tokens."""
     import tokenizers
 
     encoder = tokenizers.Tokenizer.from_str(state)
@@ -152,85 +224,92 @@ def encoder_from_state(state: str) -> tokenizers.Tokenizer:
     return encoder
 
 
-def _content_hash(encoder: tokenizers.Tokenizer, eos: int, filler: int) -> str:
-    # Vocabulary and a probe rather than the serialised tokenizer: library versions write the same tokenizer down differently.
+def hash_of_encoder(encoder: tokenizers.Tokenizer, eos_id: int, pad_id: int) -> str:
+    """Return a hash that is equal for encoders that encode alike.
+
+    It is computed from the vocabulary and the encoded `PROBE_TEXT`, not from the serialized
+    tokenizer, because different versions of the library serialize the same tokenizer differently.
+    """
     vocabulary = sorted(encoder.get_vocab().items(), key=lambda item: item[1])
-    content = [vocabulary, encoder.encode(PROBE, add_special_tokens=False).ids, eos, filler]
+    probe_ids = encoder.encode(PROBE_TEXT, add_special_tokens=False).ids
+    content = [vocabulary, probe_ids, eos_id, pad_id]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _pretrained(name: str) -> PreTrainedTokenizerFast:
+def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the libraries raise whatever the missing or broken file leads to, bare Exception included
+        return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(name))
+    except Exception as error:  # For missing and broken files the libraries raise anything.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"Tokenizer {name} is neither a folder with a tokenizer nor could it be fetched from the Hub ({reason}); "
-            "give a folder with `--tokenizer FOLDER` or type `--tokenizer bpe`."
+            f"Tokenizer {name} is neither a folder with a tokenizer nor could it be fetched from "
+            f"the Hub ({reason}); give a folder with `--tokenizer FOLDER` or type "
+            "`--tokenizer bpe`."
         ) from error
 
 
-def _cached_bpe(
-    vocab_size: int, documents: Iterable[str], cache_dir: Path, fingerprint: str
-) -> PreTrainedTokenizerFast:
+def _train_and_save_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    folder = cache_dir / "tokenizers" / f"bpe-{vocab_size}-{fingerprint}"
-    if not folder.is_dir():
-        pad, eos = BPE_SPECIALS
-        core = train_bpe(documents, vocab_size)
-        hf = PreTrainedTokenizerFast(
-            tokenizer_object=core, pad_token=pad, eos_token=eos, clean_up_tokenization_spaces=False
-        )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            hf.save_pretrained(Path(temporary) / "whole")
-            try:
-                os.rename(Path(temporary) / "whole", folder)
-            except OSError:
-                if (
-                    not folder.is_dir()
-                ):  # another process may have been first; its tokenizer is the same
-                    raise
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    pad_token, eos_token = BPE_SPECIAL_TOKENS
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(documents, vocab_size),
+        pad_token=pad_token,
+        eos_token=eos_token,
+        clean_up_tokenization_spaces=False,
+    )
+    # Another process may train at the same time. Its tokenizer is the same.
+    with atomic_directory(folder, shared=True, keep_existing=True) as new:
+        hf.save_pretrained(new)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` ids, specials included. UserError where the documents do not give that many."""
+    """Train a byte-level BPE of exactly `vocab_size` ids, special tokens included.
+
+    Args:
+        documents: Texts; the first `BPE_SAMPLE_BYTES` bytes of them are used.
+        vocab_size: Number of ids.
+
+    Raises:
+        UserError: The documents do not give that many ids, or `vocab_size` is too small.
+    """
     from loguru import logger
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     logger.info(f"Training a byte-level BPE of {vocab_size:,} ids")
-    core = Tokenizer(models.BPE())
-    # The word pattern also keeps "</s>" in pieces ("</", "s", ">"), so that no merge can ever spell a special token.
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = Tokenizer(models.BPE())
+    # The word pattern also splits "</s>" into pieces ("</", "s", ">"), so that no merge can ever
+    # spell a special token.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(BPE_SPECIALS),
-        initial_alphabet=alphabet,
+        special_tokens=list(BPE_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(_sample(documents, BPE_SAMPLE_BYTES), trainer)
-    reached = core.get_vocab_size()
-    if reached > vocab_size:
+    backend.train_from_iterator(_first_bytes(documents, BPE_SAMPLE_BYTES), trainer)
+    size = backend.get_vocab_size()
+    if size > vocab_size:
         raise UserError(
-            f"A byte-level BPE has at least {reached} ids, the model's vocab_size is {vocab_size}; give a greater one."
+            f"A byte-level BPE has at least {size} ids, the model's vocab_size is {vocab_size}; "
+            "give a greater one."
         )
-    if reached < vocab_size:
+    if size < vocab_size:
         raise UserError(
-            f"The corpus is too small for a BPE of {vocab_size} ids: it gives {reached}; give more text, "
-            f"a model config with a vocab_size of {reached}, or a finished tokenizer with `--tokenizer FOLDER`."
+            f"The corpus is too small for a BPE of {vocab_size} ids: it gives {size}; give more "
+            f"text, a model config with a vocab_size of {size}, or a finished tokenizer with "
+            "`--tokenizer FOLDER`."
         )
-    return core
+    return backend
 
 
-def _sample(documents: Iterable[str], limit: int) -> Iterator[str]:
+def _first_bytes(documents: Iterable[str], count: int) -> Iterator[str]:
+    """Yield the fewest first documents that have `count` bytes in UTF-8."""
     for text in documents:
         yield text
-        limit -= len(text.encode())
-        if limit <= 0:
+        count -= len(text.encode())
+        if count <= 0:
             return

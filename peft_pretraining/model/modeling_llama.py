@@ -1,104 +1,66 @@
-"""LLaMA, lean: what pretraining needs and nothing else, with the weights of transformers' LlamaForCausalLM.
+"""Minimal LLaMA for pretraining, weight-compatible with transformers' LlamaForCausalLM.
 
-Parameter names and numbers are transformers' (a checkpoint loads with `AutoModelForCausalLM.from_pretrained`); there is no
-cache, no mask and no generation. Rows are padded on the right, so causal attention alone keeps pads from real tokens.
+Parameter names and outputs are those of transformers, so a checkpoint can be loaded with
+`AutoModelForCausalLM.from_pretrained`. There is no key-value cache, no padding mask and no text
+generation. Sequences are padded on the right, so with causal attention no real token attends to
+padding.
 """
 
-import json
 import math
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
 
 from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.linear_cross_entropy import LOSSES
-
-
-def load_config(path: str | Path) -> LlamaConfig:
-    """Read a model config, a JSON file as in configs/. Raises UserError for what is missing, malformed or not supported."""
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(sorted(p.name for p in Path(path.parent).glob("*.json"))) or "none"
-        raise UserError(f"--model_config {path}: no such file; configs in {path.parent}: {known}")
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"--model_config {path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != "llama":
-        raise UserError(
-            f'--model_config {path} is no LLaMA config: it must hold "model_type": "llama" (see configs/llama_60m.json)'
-        )
-    for key in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-    ):
-        if not isinstance(values.get(key), int) or isinstance(values[key], bool) or values[key] < 1:
-            raise UserError(
-                f"--model_config {path}: {key} must be a whole number above 0, not {values.get(key)!r}"
-            )
-    heads, kv_heads = (
-        values["num_attention_heads"],
-        values.get("num_key_value_heads") or values["num_attention_heads"],
-    )
-    if values["hidden_size"] % heads or (values["hidden_size"] // heads) % 2 or heads % kv_heads:
-        raise UserError(
-            f"--model_config {path}: hidden_size {values['hidden_size']} must be an even multiple of num_attention_heads {heads}, "
-            f"and that a multiple of num_key_value_heads {kv_heads}"
-        )
-    # The published configs say pad_token_id -1; torch reads it as "the last row", and freezes word 31999 at zero.
-    if values.get("pad_token_id") is not None and values["pad_token_id"] < 0:
-        values["pad_token_id"] = None
-    return LlamaConfig(**values)
+from peft_pretraining.model.config import LlamaConfig, load_config  # noqa: F401
+from peft_pretraining.model.linear_cross_entropy import LOSSES, Loss
 
 
 def check_supported(config: LlamaConfig) -> None:
-    """Refuse what this lean model leaves out, so that it never silently trains another model than the config says."""
-    rope = _rope_parameters(config)
+    """Check that this model implements everything that the config asks for.
+
+    Otherwise another model than the configured one would be trained without notice.
+
+    Raises:
+        UserError: the config asks for something that this model does not implement.
+    """
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     reasons = [
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r} (only silu)"),
         (config.attention_bias or config.mlp_bias, "attention_bias or mlp_bias"),
         (bool(config.attention_dropout), "attention_dropout"),
-        (rope.get("rope_type", "default") != "default", f"rope_type {rope.get('rope_type')!r}"),
+        (rope_type != "default", f"rope_type {rope_type!r}"),
         (
-            config.head_dim * config.num_attention_heads != config.hidden_size,
+            config.head_dim != config.hidden_size // config.num_attention_heads,
             "a head_dim other than hidden_size / heads",
         ),
     ]
     for unsupported, what in reasons:
         if unsupported:
             raise UserError(
-                f"the model config asks for {what}, which the built-in LLaMA leaves out: add --use_hf_model"
+                f"the model config asks for {what}, which the built-in LLaMA does not implement: "
+                "add --use_hf_model"
             )
 
 
-def _rope_parameters(config: LlamaConfig) -> dict:
-    # transformers 5 keeps one dictionary; 4 a number and a dictionary for scaled variants.
-    parameters = (
-        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    )
-    return {"rope_theta": getattr(config, "rope_theta", 10000.0), **parameters}
-
-
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary position embeddings."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        hidden, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        kv_heads = config.num_key_value_heads or heads
+        self.head_dim = hidden // heads
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.grouped = kv_heads != heads
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
@@ -108,7 +70,7 @@ class Attention(nn.Module):
             .transpose(1, 2)  # [batch, heads, seq, head_dim]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
@@ -129,6 +91,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A transformer block: attention and MLP, each with a norm before it and a residual around."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn = Attention(config)
@@ -142,7 +106,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: [batch, seq] token ids -> [batch, seq, hidden]."""
+    """Embedding, blocks and final norm: token ids [batch, seq] -> hidden states [batch, seq, d]."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -150,19 +114,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.rope_theta = _rope_parameters(config)["rope_theta"]
+        self.rope_theta = (config.rope_parameters or {}).get("rope_theta", 10000.0)
         self.gradient_checkpointing = False
-        self.end_of_document: int | None = None  # with this id attention stays within documents
+        # The id that ends a document. If it is set, attention stays within documents.
+        self.end_of_document: int | None = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
-        rotation = rotation_of_positions(
+        rotation = rotary_cos_sin(
             input_ids.shape[1], self.head_dim, self.rope_theta, x.device, x.dtype
         )
         mask = (
-            None
-            if self.end_of_document is None
-            else within_documents(input_ids, self.end_of_document)
+            None if self.end_of_document is None else document_mask(input_ids, self.end_of_document)
         )
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -172,41 +135,71 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Trainable:
-    """What the training loop asks of a model, beside transformers' parameter names. Of the class that mixes it in: `model` gives hidden
-    states, `lm_head` holds the head's weight [vocab, hidden]."""
+class TrainableLlama(nn.Module):
+    """The interface that the training loop needs, for any implementation of LLaMA.
+
+    It adds the loss and the compilation of the blocks. The class that inherits from it has `model`,
+    which returns hidden states, and `lm_head`, whose weight is [vocab, hidden].
+    """
+
+    model: Any
+    lm_head: nn.Linear
+    loss: Loss
+    gradient_checkpointing_enable: Any
 
     def set_loss(self, name: str) -> None:
-        """How the loss is computed: one of `LOSSES`."""
+        """Set how the loss is computed: a name of `LOSSES`."""
         self.loss = LOSSES[name]()
 
-    def summed_loss(self, hidden: Tensor, labels: Tensor, rows: Tensor | None) -> Tensor:
-        """Sum of the negative log-likelihoods (nats, float32) of each label given the tokens before it.
+    def summed_loss(self, hidden: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+        """Return the summed negative log-likelihood of each label given the tokens before it.
 
         Args:
-            hidden: [batch, seq, hidden].
-            labels: [batch, seq], unshifted, -100 where there is no target.
-            rows: `target_rows(labels)`, where the caller knows them. Found here otherwise, and a GPU waited for.
+            hidden: hidden states [batch, seq, hidden].
+            labels: [batch, seq], not shifted, -100 where there is no target.
+            positions: `target_positions(labels)`, if the caller has computed it. Computing it here
+                makes the host wait for the GPU.
+
+        Returns:
+            The sum in nats, a float32 scalar.
         """
-        rows = target_rows(labels) if rows is None else rows
+        positions = target_positions(labels) if positions is None else positions
         return self.loss(
-            hidden.flatten(0, 1).index_select(0, rows),
+            hidden.flatten(0, 1).index_select(0, positions),
             self.lm_head.weight,
-            labels.flatten().index_select(0, rows + 1),
+            labels.flatten().index_select(0, positions + 1),
         )
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks with torch.compile: one graph, which all of them share, for static shapes.
+    def confine_attention(self, end_of_document: int) -> None:
+        """Restrict the attention in packed sequences to the tokens of the same document.
 
-        Not the whole model: gradients of a block are exchanged while those of the block below are computed. Names of modules and
-        parameters stay as they are.
+        The rotary positions need no reset, because attention depends on relative positions only.
+
+        Args:
+            end_of_document: the token id that ends each document.
+        """
+        raise NotImplementedError("only the built-in model can do this")
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks with torch.compile; all blocks share one graph, for static shapes.
+
+        Only the blocks are compiled, not the whole model, so that the gradients of a block can be
+        summed over the ranks while those of the block below are computed. The names of modules and
+        parameters do not change.
         """
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
 
-class LlamaForCausalLM(Trainable, nn.Module):
-    """The whole model. `model(input_ids)` gives logits [batch, seq, vocab]; `model(input_ids, labels)` the summed loss."""
+class LlamaForCausalLM(TrainableLlama):
+    """LLaMA with its output layer, randomly initialised.
+
+    Args:
+        config: sizes and constants.
+
+    Raises:
+        UserError: see `check_supported`.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -224,74 +217,112 @@ class LlamaForCausalLM(Trainable, nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute the rest again (slower, less memory)."""
+        """Keep only the inputs of the blocks for the backward pass and recompute the rest."""
         self.model.gradient_checkpointing = True
 
     def confine_attention(self, end_of_document: int) -> None:
-        """Let no token of a packed row see the documents before its own; each document ends with this id.
-
-        Rotary positions count: attention depends on distances alone, so they need no reset.
-        """
+        """Restrict the attention in packed sequences; see the base class."""
         self.model.end_of_document = end_of_document
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """Logits [batch, seq, vocab], or with labels [batch, seq] the summed loss, see `summed_loss`."""
+        """Return logits [batch, seq, vocab], or the summed loss if there are labels.
+
+        Args:
+            input_ids: token ids [batch, seq].
+            labels, positions: see `summed_loss`.
+        """
         hidden = self.model(input_ids)
-        return self.lm_head(hidden) if labels is None else self.summed_loss(hidden, labels, rows)
+        if labels is None:
+            return self.lm_head(hidden)
+        return self.summed_loss(hidden, labels, positions)
 
 
-def target_rows(labels: Tensor) -> Tensor:
-    """Where a token has a target after it: indices of the flattened labels [batch, seq], int64 [n]."""
+def target_positions(labels: Tensor) -> Tensor:
+    """Return the positions of the tokens that are followed by a target.
+
+    Args:
+        labels: [batch, seq], -100 where there is no target.
+
+    Returns:
+        Indices of the flattened labels, int64 [targets].
+    """
     return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
 
 
-def within_documents(input_ids: Tensor, end: int) -> Tensor:
-    """Which token may see which: itself and those before it in its document, which ends with the id `end`. Boolean [batch, 1, seq, seq]."""
+def document_mask(input_ids: Tensor, end: int) -> Tensor:
+    """Return which tokens each token attends to: itself and those before it in its document.
+
+    Args:
+        input_ids: token ids of packed documents [batch, seq].
+        end: the id that ends each document.
+
+    Returns:
+        Boolean [batch, 1, seq, seq]: True where the token of the row attends to that of the column.
+    """
     ends = input_ids == end
-    documents = ends.cumsum(1) - ends.int()  # its end belongs to a document
+    # The end-of-document token belongs to the document that it ends.
+    documents = ends.cumsum(1) - ends.int()
     seq = input_ids.shape[1]
     causal = torch.ones(seq, seq, dtype=torch.bool, device=input_ids.device).tril()
     return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
-def rotation_of_positions(
+def rotary_cos_sin(
     seq: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [seq, head_dim] of the rotary angles (Su et al., arXiv 2104.09864), made in float32."""
-    frequencies = torch.exp(
-        -math.log(theta)
-        / head_dim
-        * torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    )
-    angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), frequencies).repeat(
-        1, 2
-    )
+    """Return cosine and sine [seq, head_dim] of the rotary angles, computed in float32.
+
+    The rotary position embedding is that of Su et al. 2021 (arXiv 2104.09864).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(theta) / head_dim * exponents)
+    positions = torch.arange(seq, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (j, j + head_dim / 2) of x [batch, heads, seq, head_dim], transformers' convention."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (j, j + head_dim / 2) of x [batch, heads, seq, head_dim].
+
+    Which entries form a pair is transformers' convention.
+    """
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def build_model(config: LlamaConfig, use_hf_model: bool = False) -> nn.Module:
-    """Our LLaMA, or transformers' own behind the same interface and parameter names. Raises UserError, see `check_supported`."""
+def build_model(config: LlamaConfig, use_hf_model: bool = False) -> TrainableLlama:
+    """Build a randomly initialised LLaMA.
+
+    Args:
+        config: sizes and constants.
+        use_hf_model: build transformers' implementation, with the loss of this module added. The
+            parameter names are the same.
+
+    Raises:
+        UserError: see `check_supported`; only for the built-in implementation.
+    """
     if not use_hf_model:
         return LlamaForCausalLM(config)
-    from transformers import LlamaForCausalLM as TransformersLlama
+    # Imported only here: transformers' model takes seconds to import.
+    import transformers
 
-    class TransformersLlamaWithLoss(Trainable, TransformersLlama):
+    class TransformersLlamaWithLoss(TrainableLlama, transformers.LlamaForCausalLM):
         def forward(
-            self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None
+            self,
+            input_ids: Tensor,
+            labels: Tensor | None = None,
+            positions: Tensor | None = None,
         ) -> Tensor:
             hidden = self.model(input_ids, use_cache=False).last_hidden_state
-            return (
-                self.lm_head(hidden) if labels is None else self.summed_loss(hidden, labels, rows)
-            )
+            if labels is None:
+                return self.lm_head(hidden)
+            return self.summed_loss(hidden, labels, positions)
 
-    model = TransformersLlamaWithLoss(config)
+    model = TransformersLlamaWithLoss(transformers.LlamaConfig(**config.to_dict()))
     model.set_loss("chunked")
     return model

@@ -1,1 +1,4 @@
-"""Process group, DistributedDataParallel and fully sharded training."""
+"""Process group, DistributedDataParallel and fully sharded training.
+
+May import `constants` and `errors`.
+"""

@@ -1,33 +1,45 @@
-"""DistributedDataParallel with the options that exact resume needs."""
+"""DistributedDataParallel with the options that an exact resume needs."""
 
 import inspect
 from collections.abc import Callable
 
+import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from peft_pretraining.optim.nonfinite import NonFiniteGuard
-from peft_pretraining.parallel.fsdp import FSDPModule, install_gradient_check
+from peft_pretraining.parallel.fsdp import install_gradient_check, is_fsdp
 from peft_pretraining.parallel.process_group import DistributedContext
 
 
 def data_parallel(
     model: nn.Module,
-    guard: NonFiniteGuard,
+    check_gradients: Callable[[Tensor], None],
     ranks: DistributedContext,
     first_pass: Callable[[nn.Module], Tensor],
 ) -> nn.Module:
-    """The model with gradients summed over the ranks, each rank's own seen by the guard before.
+    """Wrap a model for data-parallel training, in which gradients are summed over the ranks.
 
-    first_pass: calls the model on any input, alike on all ranks, and returns a scalar to go backward from. It must not change the model.
+    Args:
+        model: The model on the device of this rank. A sharded model is returned as it is, with
+            `check_gradients` installed.
+        check_gradients: Called for each part of this rank's own gradients, before they are summed,
+            with a scalar that is not finite if one of the gradients is not finite. It is not called
+            if there is only one rank.
+        ranks: All processes of the run.
+        first_pass: Calls the wrapped model on any input, the same on all ranks, and returns a
+            scalar for the backward pass. It must not change the model.
+
+    Returns:
+        The model to call in training.
     """
     if ranks.world_size == 1:
         return model
-    if isinstance(model, FSDPModule):
-        install_gradient_check(model, guard.look)
+    if is_fsdp(model):
+        install_gradient_check(model, check_gradients)
         return model
     wrapper = nn.parallel.DistributedDataParallel
-    # torch 2.14 has another name for it, and warns of the old one.
+    # torch 2.14 renamed the option and warns about the old name.
     names = inspect.signature(wrapper).parameters
     no_buffers = {
         "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
@@ -35,9 +47,28 @@ def data_parallel(
     parallel = wrapper(
         model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None, **no_buffers
     )
-    guard.sum_over_ranks(parallel)
-    # After its first pass DistributedDataParallel packs the gradients anew, and may then add them in another order. A resumed
-    # run must add in the order of the run that it continues, so every run makes that pass here.
+    parallel.register_comm_hook(None, _checked_sum(check_gradients))
+    # After its first pass, DistributedDataParallel packs the gradients into new buckets and may
+    # add them in another order from then on. A resumed run must add in the same order as the run
+    # that it continues, so every run makes that pass here.
     first_pass(parallel).backward()
     model.zero_grad()
     return parallel
+
+
+def _checked_sum(
+    check_gradients: Callable[[Tensor], None],
+) -> Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]:
+    """Return a communication hook that checks a bucket of gradients and then sums it over ranks."""
+
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        gradients = bucket.buffer()
+        # One pass by BLAS. The result is not finite as soon as one gradient is not finite.
+        check_gradients(torch.dot(gradients, gradients))
+        return (
+            dist.all_reduce(gradients, async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
+        )
+
+    return hook

@@ -1,4 +1,4 @@
-"""A new key space in torchrun's store after a restart."""
+"""A new key space in the store of torchrun after a restart."""
 
 import time
 import uuid
@@ -6,35 +6,45 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-pass
+# Also the time that ranks wait in a collective while rank 0 tokenizes a corpus.
+INIT_TIMEOUT = timedelta(hours=2)
 
 
 def new_store_namespace(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of the store that no earlier life of the run has written to; all ranks call it and get the same.
+    """Return a part of the store that no previous attempt of the run has written to.
 
-    Processes that torchrun starts again find the store of those that died, and would connect to their addresses. The restart count does
-    not tell the lives apart: of several nodes only those count where a process died. So rank 0 makes up a name, and tells it each rank that
-    asks under a name of its own, which nobody dead can have had. Raises TimeoutError where a rank does not come.
+    Processes that torchrun restarts find the store with the keys of the previous attempt, and would
+    connect to the addresses of processes that have ended. The restart count cannot serve as a
+    prefix: with several nodes, only the node on which a process ended counts the restart. So rank 0
+    generates a UUID as prefix and answers each other rank under a UUID of that rank's own, which
+    no previous attempt can have used.
+
+    All ranks must call this together.
+
+    Args:
+        store: The store of torchrun.
+        rank: The rank of this process.
+        world_size: The number of ranks.
+
+    Raises:
+        TimeoutError: A rank did not arrive within INIT_TIMEOUT.
     """
-    me = uuid.uuid4().hex
+    own_id = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"asks {rank}", me)
-        life = store.get(f"answer to {me}").decode()  # waits for it
-        store.set(f"{life} reached {rank}", "")
-        return dist.PrefixStore(life, store)
+        store.set(f"asks {rank}", own_id)
+        prefix = store.get(f"answer to {own_id}").decode()  # waits until it is set
+        store.set(f"{prefix} reached {rank}", "")
+        return dist.PrefixStore(prefix, store)
     deadline = time.monotonic() + INIT_TIMEOUT.total_seconds()
     missing = list(range(1, world_size))
     while missing:
         for other in missing:
-            if store.check(
-                [f"asks {other}"]
-            ):  # it may still be the question of the dead: so ask again until the living one is reached
-                store.set(f"answer to {store.get(f'asks {other}').decode()}", me)
-        missing = [other for other in missing if not store.check([f"{me} reached {other}"])]
+            # The question may come from the previous attempt, whose rank never confirms. So answer
+            # again until the rank of this attempt has asked and confirmed.
+            if store.check([f"asks {other}"]):
+                store.set(f"answer to {store.get(f'asks {other}').decode()}", own_id)
+        missing = [other for other in missing if not store.check([f"{own_id} reached {other}"])]
         if missing and time.monotonic() > deadline:
-            raise TimeoutError(f"rank {missing[0]} did not come within {INIT_TIMEOUT}")
+            raise TimeoutError(f"rank {missing[0]} did not arrive within {INIT_TIMEOUT}")
         time.sleep(0.01)
-    return dist.PrefixStore(me, store)
-
-
-INIT_TIMEOUT = timedelta(hours=2)  # ranks wait so long while rank 0 tokenises a corpus
+    return dist.PrefixStore(own_id, store)

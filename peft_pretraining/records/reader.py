@@ -1,57 +1,76 @@
-"""Read what a run folder holds."""
+"""Read the records in a run folder. Needs neither torch nor matplotlib."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from peft_pretraining.errors import UserError
 
-if (
-    TYPE_CHECKING
-):  # matplotlib takes a second to import: the functions that draw import it themselves
-    pass
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if (
-    TYPE_CHECKING
-):  # matplotlib takes a second to import: the functions that draw import it themselves
-    pass
-pass
-
-# The fields of an evaluation line that the page knows; any other number there (an accuracy, say) is shown under its own name.
+# Fields of an evaluation that the report knows. Any other number in it (an accuracy, for example)
+# is shown under its own name.
 EVALUATION_FIELDS = (
-    "update_step", "eval_loss", "perplexity", "reference_perplexity", "eval_tokens", "eval_images", "eval_seconds", "tokens_seen", "final",
-)  # fmt: skip
+    "update_step",
+    "eval_loss",
+    "perplexity",
+    "reference_perplexity",
+    "eval_tokens",
+    "eval_images",
+    "eval_seconds",
+    "tokens_seen",
+    "final",
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading a run
+# ----------------------------------------------------------------------------------- reading a run
 
 
 @dataclass
 class Modules:
-    """What modules.jsonl says, as arrays [updates, modules]; nan where a value is missing."""
+    """The content of modules.jsonl as arrays; nan where a value is missing.
 
-    steps: np.ndarray  # [updates], the number of updates made when the decays were set
+    Attributes:
+        steps: [analyses] How many updates were made when the decays were set.
+        names: [modules] Names of the modules, in the order of the model.
+        types: [modules] The type of each module, such as `q_proj`.
+        places: [modules] The block of each module, or its own name if it is in no block.
+        blocks: The blocks among `places`, in the order of the model.
+        balanced: [modules] True if the method sets the decay of the module.
+        alpha: [analyses, modules] Power-law exponents.
+        score: [analyses, modules] The statistic that set the decays.
+        decay: [analyses, modules] Weight decays.
+        reasons: (module, step, reason) for each alpha that is undefined.
+    """
+
+    steps: np.ndarray
     names: list[str]
     types: list[str]
-    rows: list[str]  # the block of each module, or the module's own name where it is in no block
-    blocks: list[str]  # the real blocks among `rows`, in the order of the model
-    balanced: np.ndarray  # [modules], bool
+    places: list[str]
+    blocks: list[str]
+    balanced: np.ndarray
     alpha: np.ndarray
     score: np.ndarray
     decay: np.ndarray
-    reasons: list[tuple[str, int, str]]  # (module, step, why alpha is undefined)
+    reasons: list[tuple[str, int, str]]
 
 
 @dataclass
 class Run:
-    """One run folder in memory. `training` and `evaluations` are sorted by update step, one line for each."""
+    """The records of a run in memory.
+
+    Attributes:
+        folder: The run folder.
+        info: The content of run.json.
+        training: Metrics of logged updates, one for each update, sorted.
+        evaluations: Results of evaluations, one for each update, sorted.
+        modules: The content of modules.jsonl; None if it is empty or missing.
+        label: The name of the run in figures and tables.
+    """
 
     folder: Path
     info: dict[str, Any]
@@ -61,23 +80,27 @@ class Run:
     label: str = ""
 
     def argument(self, *names: str) -> Any:
-        """The first of these arguments that run.json holds, else None."""
+        """Return the first of these arguments that run.json holds; None if it holds none."""
         arguments = section(self.info, "arguments")
         return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
     @property
     def unit(self) -> str:
-        """What the run counts its data in: tokens or images."""
-        return "images" if any("images_seen" in row for row in self.training) else "tokens"
+        """What the run counts its data in: `tokens` or `images`."""
+        return "images" if any("images_seen" in record for record in self.training) else "tokens"
 
     @property
     def eta(self) -> float:
-        """The decay that the user gave, --weight_decay; nan if unknown."""
+        """The value of --weight_decay; nan if unknown."""
         return number({"eta": self.argument("weight_decay")}, "eta")
 
 
 def read_text(path: Path) -> str:
-    """The file's text; UserError where it is missing or cannot be read. Broken characters are left to the JSON reader to refuse."""
+    """Read a text file. Invalid UTF-8 is replaced, so that the JSON parser reports it.
+
+    Raises:
+        UserError: The file is missing or cannot be read.
+    """
     try:
         return path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -89,39 +112,55 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path, step_key: str) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, each with a whole number under `step_key`; a missing file is an empty one.
+    """Read the objects of a .jsonl file; a missing file counts as an empty one.
 
-    A last line that is not valid JSON is a run being written, or one that was killed while writing: it is left out. Any other broken
-    line raises UserError with the file and the line.
+    A last line that is not valid JSON is ignored: the run is writing it, or was killed while it
+    wrote it.
+
+    Args:
+        path: The file.
+        step_key: A field that must be a number in every object.
+
+    Raises:
+        UserError: Any other line is invalid. The message names the file and the line.
     """
     if not path.exists():
         return []
     lines = [line for line in enumerate(read_text(path).split("\n"), start=1) if line[1].strip()]
-    rows = []
+    records = []
     for position, (line_number, line) in enumerate(lines):
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             if position == len(lines) - 1:
                 break
             raise UserError(
                 f"{path}, line {line_number}: not valid JSON; remove or repair that line."
             ) from None
-        if not isinstance(row, dict) or math.isnan(number(row, step_key)):
+        if not isinstance(record, dict) or math.isnan(number(record, step_key)):
             raise UserError(
-                f'{path}, line {line_number}: expected a JSON object with a number under "{step_key}".'
+                f"{path}, line {line_number}: expected a JSON object with a number under "
+                f'"{step_key}".'
             )
-        rows.append(row)
-    return rows
+        records.append(record)
+    return records
 
 
-def latest_by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each update step, sorted. A resumed run repeats the steps after its checkpoint: the last one written counts."""
-    return [row for _, row in sorted({int(row["update_step"]): row for row in rows}.items())]
+def latest_by_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record for each update, sorted.
+
+    A resumed run repeats the updates after its checkpoint; the record that was written last counts.
+    """
+    by_step = {int(record["update_step"]): record for record in records}
+    return [record for _, record in sorted(by_step.items())]
 
 
 def read_run(folder: Path | str) -> Run:
-    """Read run.json, metrics.jsonl and (if there is one) modules.jsonl. UserError: no such folder, no metrics, a broken file."""
+    """Read run.json, metrics.jsonl and, if it exists, modules.jsonl.
+
+    Raises:
+        UserError: There is no such folder, it holds no metrics, or a file is invalid.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
@@ -134,57 +173,51 @@ def read_run(folder: Path | str) -> Run:
     if not isinstance(info, dict):
         raise UserError(f"{folder / 'run.json'} must hold a JSON object.")
     metrics = read_lines(folder / "metrics.jsonl", "update_step")
-    evaluations = latest_by_step([row for row in metrics if "eval_loss" in row])
-    training = latest_by_step([row for row in metrics if "eval_loss" not in row and "loss" in row])
+    evaluations = latest_by_step([r for r in metrics if "eval_loss" in r])
+    training = latest_by_step([r for r in metrics if "eval_loss" not in r and "loss" in r])
     if not evaluations and not training:
         raise UserError(
-            f"{folder / 'metrics.jsonl'} holds no logged step and no evaluation yet; nothing to report."
+            f"{folder / 'metrics.jsonl'} holds no logged update and no evaluation yet; "
+            "nothing to report."
         )
-    history = read_lines(folder / "modules.jsonl", "step")
     return Run(
         folder,
         info,
         training,
         evaluations,
-        module_table(history),
+        module_table(read_lines(folder / "modules.jsonl", "step")),
         label=str(info.get("name") or folder.resolve().name),
     )
 
 
 def module_table(history: list[dict[str, Any]]) -> Modules | None:
-    """Arrange the lines of modules.jsonl as arrays [updates, modules]; None if there are none."""
+    """Arrange the records of modules.jsonl as arrays; None if there are no records."""
     if not history:
         return None
     first: dict[str, dict[str, Any]] = {}
-    for row in history:
-        first.setdefault(str(row.get("module")), row)
+    for record in history:
+        first.setdefault(str(record.get("module")), record)
     names = list(first)
-    steps = np.array(sorted({int(row["step"]) for row in history}))
-    column, line = (
-        {name: i for i, name in enumerate(names)},
-        {step: i for i, step in enumerate(steps.tolist())},
-    )
+    steps = np.array(sorted({int(record["step"]) for record in history}))
+    column_of = {name: i for i, name in enumerate(names)}
+    row_of = {step: i for i, step in enumerate(steps.tolist())}
     values = {
         key: np.full((len(steps), len(names)), np.nan) for key in ("alpha", "score", "weight_decay")
     }
     reasons: dict[tuple[str, int], str] = {}
-    for row in history:
-        name, step = str(row.get("module")), int(row["step"])
+    for record in history:
+        name, step = str(record.get("module")), int(record["step"])
         for key, array in values.items():
-            array[line[step], column[name]] = number(row, key)
-        if row.get("reason"):
-            reasons[name, step] = str(row["reason"])
-    places = [str(first[name].get("block") or name) for name in names]
+            array[row_of[step], column_of[name]] = number(record, key)
+        if record.get("reason"):
+            reasons[name, step] = str(record["reason"])
+    blocks = {name: str(first[name]["block"]) for name in names if first[name].get("block")}
     return Modules(
         steps=steps,
         names=names,
         types=[str(first[name].get("type") or name.rsplit(".", 1)[-1]) for name in names],
-        rows=places,
-        blocks=list(
-            dict.fromkeys(
-                place for name, place in zip(names, places, strict=True) if first[name].get("block")
-            )
-        ),
+        places=[blocks.get(name, name) for name in names],
+        blocks=list(dict.fromkeys(blocks.values())),
         balanced=np.array([first[name].get("balanced") is not False for name in names]),
         alpha=values["alpha"],
         score=values["score"],
@@ -196,29 +229,32 @@ def module_table(history: list[dict[str, Any]]) -> Modules | None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- numbers and their names
+# ------------------------------------------------------------------------------ fields of records
 
 
-def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
-    """One field of all rows, [rows], nan where it is missing."""
-    return np.array([number(row, key) for row in rows])
+def column(records: list[dict[str, Any]], key: str) -> np.ndarray:
+    """Return one field of all records as an array [records], nan where it is missing."""
+    return np.array([number(record, key) for record in records])
 
 
 def final_evaluation(run: Run) -> dict[str, Any] | None:
-    """The evaluation marked final, else the latest one; None if the run was never evaluated."""
-    final = [row for row in run.evaluations if row.get("final") is True]
+    """Return the evaluation marked final, or else the latest; None if there is no evaluation."""
+    final = [record for record in run.evaluations if record.get("final") is True]
     return (final or run.evaluations or [None])[-1]
 
 
 def section(info: dict[str, Any], name: str) -> dict[str, Any]:
-    """info[name] if it is a dictionary, else an empty one."""
+    """Return info[name] if it is a dictionary, and an empty dictionary otherwise."""
     value = info.get(name)
     return value if isinstance(value, dict) else {}
 
 
-def number(row: dict[str, Any], key: str) -> float:
-    """row[key] as a float; nan where it is missing, null, infinite or no number (the logger writes null for what is undefined)."""
-    value = row.get(key)
+def number(record: dict[str, Any], key: str) -> float:
+    """Return record[key] as a float.
+
+    nan if it is missing, null, infinite or not a number. Records hold null for undefined values.
+    """
+    value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return math.nan
     return float(value)

@@ -1,82 +1,109 @@
-"""The run folder: its lock, checks before a run starts, and records up to an update."""
+"""The run folder: its lock, the check before a run starts, and the records up to an update."""
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.records.jsonl import LOCK, METRICS, MODULES
+from peft_pretraining.utils.files import atomic_write, exclusive_lock
+
+# What a file system without locks answers.
+NO_LOCK_ERRORS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def check_no_existing_run(folder: Path) -> None:
-    """For a run that begins: raises UserError where its folder holds the records of another."""
+    """Check that a run which starts from scratch does not mix its records with those of another.
+
+    Raises:
+        UserError: The folder has records already.
+    """
     if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
         raise UserError(
-            f"{folder} already holds a run: go on with it by --continue_from auto (main_vit.py: --auto_resume true), or use another"
+            f"{folder} already holds a run: go on with it by --continue_from auto "
+            "(main_vit.py: --auto_resume true), or use another"
         )
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path, patience: float = 15.0) -> Iterator[None]:
-    """Make the run folder and hold it for this process. Raises UserError where it cannot be written, or where another process holds it:
-    two runs in one folder would mix.
+def run_lock(folder: Path, timeout: float = 15.0) -> Iterator[None]:
+    """Create the run folder and lock it for this process: two runs in one folder would mix.
 
-    patience: seconds to wait for one that is about to end (torchrun may restart a run before its killed processes are gone).
+    The operating system releases the lock when the process ends, even if it is killed. On a file
+    system without locks, the run goes on without one.
+
+    Args:
+        folder: The run folder.
+        timeout: Seconds to wait for another process that is about to end. torchrun may restart a
+            run before the processes that it killed have ended.
+
+    Raises:
+        UserError: The folder cannot be written, or another process holds the lock.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a")
-    except OSError as error:
-        raise UserError(
-            f"the run folder {folder} cannot be written ({error.strerror}): give another --save_dir"
-        ) from error
-    with file:
-        deadline = time.monotonic() + patience
-        while not _locked(file):
-            if time.monotonic() > deadline:
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            holder = _process_number(path)
+            with contextlib.suppress(NotImplementedError):  # the file system has no locks
+                stack.enter_context(exclusive_lock(path, timeout))
+            if holder is not None:
+                path.write_text(f"{os.getpid()}\n")
+        except TimeoutError as error:
+            hint = f" (its number is {holder})" if holder else ""
+            raise UserError(
+                f"another process trains in {folder}: end it{hint}, or give another --save_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCK_ERRORS:
                 raise UserError(
-                    f"another process trains in {folder}: end it (its number is in {folder / LOCK}), or give another --save_dir"
-                )
-            time.sleep(0.2)
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
+                    f"the run folder {folder} cannot be written ({error.strerror}): "
+                    "give another --save_dir"
+                ) from error
         yield
 
 
-def _locked(file) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network file systems have no locks
-        pass
-    return True
+def _process_number(path: Path) -> str | None:
+    """Return the number of the last process that held a lock, and "" if it is not known.
+
+    None if the file holds anything else: where the operating system has no locks, filelock keeps
+    its own records in the file.
+    """
+    text = path.read_text().strip() if path.exists() else ""
+    return text if not text or text.isdigit() else None
 
 
 def copy_records_up_to(source: Path, target: Path, step: int) -> None:
-    """Keep of a run's records what lies before a checkpoint: copy the lines of `source` up to `step` to `target`.
+    """Copy the records of a run up to an update, and drop later ones.
 
-    A run that went on past its last checkpoint, or was killed while it wrote a line, has more; it will be written again.
+    A run that went on after its last checkpoint, or that was killed while it wrote a line, has more
+    records. The resumed run writes them again.
+
+    Args:
+        source: The run folder to copy from.
+        target: The run folder to write to; may be the same.
+        step: The number of the last update to keep; -1 keeps nothing.
+
+    Raises:
+        UserError: The records cannot be written.
     """
-    for name, key in ((METRICS, "update_step"), (MODULES, "step")):
+    for name, step_key in ((METRICS, "update_step"), (MODULES, "step")):
         kept = []
         path = source / name
         for line in path.read_text(encoding="utf8").splitlines() if path.is_file() else ():
             try:
-                if json.loads(line)[key] <= step:
+                if json.loads(line)[step_key] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill
-        temporary = target / (name + ".tmp")
+                continue  # the incomplete last line of a killed run
         try:
             target.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(kept), encoding="utf8")
-            temporary.replace(target / name)
+            atomic_write(target / name, "".join(kept))
         except OSError as error:
             raise UserError(
-                f"{target / name} cannot be written ({error.strerror}): make room there or make it writable"
+                f"{target / name} cannot be written ({error.strerror}): "
+                "make room there or make it writable"
             ) from error

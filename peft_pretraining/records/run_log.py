@@ -1,9 +1,10 @@
-"""What a run tells: log lines, one progress bar, metrics.jsonl, modules.jsonl, run.json and Weights & Biases."""
+"""Everything that a run logs: progress bar, metrics.jsonl, modules.jsonl, run.json and W&B."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 from tqdm import tqdm
@@ -12,84 +13,103 @@ from peft_pretraining.parallel.process_group import DistributedContext
 from peft_pretraining.records.environment import environment_info
 from peft_pretraining.records.jsonl import METRICS, MODULES, RUN, append_json
 from peft_pretraining.records.wandb import start_wandb
+from peft_pretraining.utils.files import atomic_write
 
-# The published names of the mean alpha of a projection's modules.
+# Names under which the published runs log the mean alpha of each projection.
 ALPHA_NAMES = {
-    "q_proj": "alpha_Q", "k_proj": "alpha_K", "v_proj": "alpha_V", "o_proj": "alpha_O", "gate_proj": "alpha_MLPgate",
-    "up_proj": "alpha_MLPup", "down_proj": "alpha_MLPdown",
-}  # fmt: skip
+    "q_proj": "alpha_Q",
+    "k_proj": "alpha_K",
+    "v_proj": "alpha_V",
+    "o_proj": "alpha_O",
+    "gate_proj": "alpha_MLPgate",
+    "up_proj": "alpha_MLPup",
+    "down_proj": "alpha_MLPdown",
+}
 
 
 class RunLog:
-    """The run folder's records, kept by rank 0; on other ranks every call does nothing.
+    """Writes the records of a run. Rank 0 writes; on other ranks every call does nothing.
+
+    If the disk is full, training goes on without records, and one warning is logged.
 
     Args:
-        folder: the run folder, which is there (`run_lock`).
-        description: what goes into run.json beside versions, device and commit: name, arguments, model_config, parameters.
-        wandb_name, tags, project: of the W&B run; without a project there is none.
-        unit: what throughput is counted in.
+        folder: The run folder, which `run_lock` has created.
+        ranks: All processes of the run.
+        description: What run.json holds beside versions, device and commit: name, arguments, model
+            config, number of parameters.
+        wandb_name: The name of the W&B run.
+        tags: The tags of the W&B run.
+        project: The W&B project. None: do not use W&B.
+        unit: What throughput counts: `tokens` or `images`.
     """
 
     def __init__(
-        self, folder: Path, ranks: DistributedContext, description: dict, wandb_name: str, tags: list[str], project: str | None = "alphadecay",
+        self,
+        folder: Path,
+        ranks: DistributedContext,
+        description: dict[str, Any],
+        wandb_name: str,
+        tags: list[str],
+        project: str | None = "alphadecay",
         unit: str = "tokens",
-    ):  # fmt: skip
+    ):
         self.folder, self.enabled, self.unit = folder, ranks.is_main, unit
-        self._bar, self._wandb, self._warned = None, None, False
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
+        self._warned = False
         if not self.enabled:
             return
         self.description = description | environment_info(ranks)
-        self._keep(_write_json, folder / RUN, self.description)
-        self._wandb = (
-            start_wandb(folder, project, wandb_name, tags, self.description) if project else None
-        )
+        self._write_or_warn(_write_json, folder / RUN, self.description)
+        if project:
+            self._wandb = start_wandb(folder, project, wandb_name, tags, self.description)
 
     def start_bar(self, total: int, done: int) -> None:
-        """Show a progress bar of updates, where a person watches."""
+        """Show a progress bar of updates, if stderr is a terminal."""
         if self.enabled and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, unit="update", dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One update made."""
+        """Advance the progress bar by one update."""
         if self._bar is not None:
             self._bar.update(1)
 
-    def metrics(self, record: dict) -> None:
-        """A logged step or an evaluation: a line of metrics.jsonl, W&B, and the bar."""
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Log the metrics of an update or an evaluation to metrics.jsonl, W&B and the bar."""
         if not self.enabled:
             return
-        self._keep(append_json, self.folder / METRICS, [record])
+        self._write_or_warn(append_json, self.folder / METRICS, [record])
         if self._wandb is not None:
-            last = (
-                ("eval_loss", "eval_tokens") if record.get("final") else ()
-            )  # the published names of the last evaluation
-            self._wandb.log(
-                record | {f"final_{name}": record[name] for name in last if name in record}
-            )
+            # The published runs log the last evaluation under these names as well.
+            last = ("eval_loss", "eval_tokens") if record.get("final") else ()
+            final = {f"final_{name}": record[name] for name in last if name in record}
+            self._wandb.log(record | final)
         if self._bar is not None and "loss" in record:
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {record[f'throughput_{self.unit}']:,.0f} {self.unit}/s"
-            )
+            throughput = record[f"throughput_{self.unit}"]
+            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {throughput:,.0f} {self.unit}/s")
 
-    def modules(self, records: list[dict]) -> None:
-        """New rows of `AlphaDecay.history`: lines of modules.jsonl, and alpha and decay of each module in W&B."""
+    def modules(self, records: list[dict[str, Any]]) -> None:
+        """Log new records of `AlphaDecay.history` to modules.jsonl and W&B.
+
+        W&B gets alpha and weight decay of each module, and the mean alpha of each projection.
+        """
         if not (self.enabled and records):
             return
-        self._keep(append_json, self.folder / MODULES, records)
+        self._write_or_warn(append_json, self.folder / MODULES, records)
         if self._wandb is not None:
             values = {
-                f"{what}/{r['module']}": r[what]
-                for r in records
-                for what in ("alpha", "weight_decay")
-                if r[what] is not None
+                f"{field}/{record['module']}": record[field]
+                for record in records
+                for field in ("alpha", "weight_decay")
+                if record[field] is not None
             }
             self._wandb.log(values | mean_alphas(records) | {"update_step": records[0]["step"]})
 
-    def finish(self, summary: dict) -> None:
-        """Add the run's summary to run.json and close the bar and W&B."""
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Add the summary of the run to run.json, and close the bar and W&B."""
         if self.enabled:
             self.description["summary"] = summary
-            self._keep(_write_json, self.folder / RUN, self.description)
+            self._write_or_warn(_write_json, self.folder / RUN, self.description)
             self.close()
 
     def close(self) -> None:
@@ -99,28 +119,31 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _keep(self, write: Callable[[Path, object], None], path: Path, content: object) -> None:
-        """Write records; where the disk is full the training goes on without them, and one warning says so."""
+    def _write_or_warn(self, write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
+        """Write records; on an error, log one warning for the whole run and go on."""
         try:
             write(path, content)
         except OSError as error:
             if not self._warned:
                 logger.warning(
-                    f"{path} cannot be written ({error.strerror}): records are lost until there is room, training goes on"
+                    f"{path} cannot be written ({error.strerror}): records are lost until there "
+                    "is room, training goes on"
                 )
             self._warned = True
 
 
-def mean_alphas(records: list[dict]) -> dict[str, float]:
-    """Mean alpha of each of LLaMA's projections, under its published name; those that have none are left out."""
+def mean_alphas(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean alpha of each projection of LLaMA, by its published name.
+
+    Modules without an alpha do not count, and projections without any are left out.
+    """
     alphas: dict[str, list[float]] = {}
     for record in records:
-        if record.get("type") in ALPHA_NAMES and record["alpha"] is not None:
-            alphas.setdefault(ALPHA_NAMES[record["type"]], []).append(record["alpha"])
+        name = ALPHA_NAMES.get(record.get("type", ""))
+        if name is not None and record["alpha"] is not None:
+            alphas.setdefault(name, []).append(record["alpha"])
     return {name: sum(values) / len(values) for name, values in alphas.items()}
 
 
-def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf8")
-    temporary.replace(path)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(content, indent=2, default=str) + "\n")

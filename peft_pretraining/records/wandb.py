@@ -1,15 +1,37 @@
-"""Weights & Biases."""
+"""Weights & Biases, which is imported only if a run is recorded there."""
+
+from __future__ import annotations
 
 import functools
 import netrc
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
+if TYPE_CHECKING:
+    from wandb import Run
 
-def start_wandb(folder: Path, project: str, name: str, tags: list[str], config: dict):
-    """A W&B run: as WANDB_MODE says, else online where a key is known and offline where not; it never asks for one."""
+
+def start_wandb(
+    folder: Path, project: str, name: str, tags: list[str], config: dict[str, Any]
+) -> Run | None:
+    """Start a W&B run, which never asks for a key.
+
+    The mode is $WANDB_MODE; by default online if a key is known, and offline otherwise. If W&B
+    cannot be reached, the run is recorded offline.
+
+    Args:
+        folder: The run folder, in which W&B keeps its files.
+        project: The name of the W&B project.
+        name: The name of the W&B run.
+        tags: Its tags.
+        config: Its config.
+
+    Returns:
+        The W&B run; None if wandb is not installed.
+    """
     try:
         import wandb
     except ImportError:
@@ -28,9 +50,11 @@ def start_wandb(folder: Path, project: str, name: str, tags: list[str], config: 
     )
     try:
         run = start(mode=mode)
-    except wandb.errors.Error as error:  # a node without internet must train all the same
+    except wandb.errors.Error as error:
+        # A machine without internet access must train all the same.
         logger.warning(
-            f"W&B cannot be reached ({error}): this run is recorded offline, `wandb sync` sends it later"
+            f"W&B cannot be reached ({error}): this run is recorded offline, "
+            "`wandb sync` sends it later"
         )
         run = start(mode="offline")
     run.define_metric("*", step_metric="update_step")
@@ -38,6 +62,7 @@ def start_wandb(folder: Path, project: str, name: str, tags: list[str], config: 
 
 
 def has_wandb_key() -> bool:
+    """Return True if a key for W&B is in $WANDB_API_KEY or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

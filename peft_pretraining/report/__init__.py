@@ -1,1 +1,4 @@
-"""HTML reports and their figures. Command: `python -m peft_pretraining.report`."""
+"""HTML reports and their figures. The command is `python -m peft_pretraining.report`.
+
+May import `records`, `utils`, `constants` and `errors`.
+"""

@@ -1,4 +1,4 @@
-"""Write a run's report, or compare several runs."""
+"""The command that writes the report of a run, or a comparison of several runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.report.html import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 and the report's path on stdout, or 2 and one sentence on stderr."""
+    """Write a report and print its path.
+
+    Args:
+        arguments: The arguments of the command; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 2 after a UserError, whose message is printed on stderr.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m peft_pretraining.report",
         description="Write a run's report, or compare several runs.",
@@ -25,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the HTML file (default: RUN/report.html, or RUN/comparison.html for several)",
     )
     options = parser.parse_args(arguments)
+    from peft_pretraining.report.html import write_report  # not needed for --help
+
     try:
         print(write_report(*options.runs, output=options.output))
     except UserError as error:

@@ -1,10 +1,12 @@
-"""A run's report: one self-contained HTML page with the loss curve and the alpha and decay of every module over time.
+"""The report of a run: one self-contained HTML page.
 
-    python -m peft_pretraining.report RUN                          writes RUN/report.html
-    python -m peft_pretraining.report RUN OTHER_RUN [...]          writes RUN/comparison.html: the runs side by side
+    python -m peft_pretraining.report RUN                    writes RUN/report.html
+    python -m peft_pretraining.report RUN OTHER_RUN [...]    writes RUN/comparison.html
 
-It reads what the training scripts leave behind (run.json, metrics.jsonl, modules.jsonl) and nothing else, so it works while a run is
-still going and on a machine without an accelerator. Figures are vector graphics inside the page; nothing is fetched when it is opened.
+A report shows the loss and the alpha and decay of every module over time; a comparison shows runs
+side by side. Both read only run.json, metrics.jsonl and modules.jsonl, so they work while a run is
+still going, and on a machine without an accelerator. The figures are vector graphics inside the
+page, which fetches nothing when it is opened.
 """
 
 from __future__ import annotations
@@ -12,19 +14,13 @@ from __future__ import annotations
 import html
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from peft_pretraining.errors import UserError
-
-if (
-    TYPE_CHECKING
-):  # matplotlib takes a second to import: the functions that draw import it themselves
-    pass
 from peft_pretraining.records.reader import (
     EVALUATION_FIELDS,
     Modules,
@@ -53,30 +49,37 @@ from peft_pretraining.report.plots import (
     total_items_seen,
     utilisation,
 )
+from peft_pretraining.utils.files import atomic_write
 
 
 def definition(name: str) -> str:
-    """A statistic's name as a caption introduces it."""
+    """Return the name of a statistic, with an explanation for a caption."""
     return "α, the power-law exponent of the weight's spectrum," if name == "α" else name
 
 
-def shown(value: float, pattern: str = "{:.4f}") -> str:
-    """A number for a table, or an en dash where there is none."""
+def format_number(value: float, pattern: str = "{:.4f}") -> str:
+    """Format a number for a table; an en dash if it is not finite."""
     return pattern.format(value) if math.isfinite(value) else "–"
 
 
-# --------------------------------------------------------------------------------------------------------------------- the page
+# ---------------------------------------------------------------------------------------- the page
 
 
 def escape(value: Any) -> str:
-    """Any value as HTML text."""
+    """Return any value as HTML text."""
     return html.escape(
         value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """An HTML table of plain texts, escaped here; the first column holds names."""
+    """Return an HTML table of plain texts, which are escaped here.
+
+    Args:
+        head: Texts of the head; empty for a table without one.
+        rows: Texts of the rows. The first column holds names.
+        kind: The CSS class.
+    """
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
         "<tr><th>"
@@ -94,12 +97,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") ->
 
 
 def figure_html(position: int, svg: str, caption: str) -> str:
-    """A numbered figure with its caption (plain text)."""
-    return f"<figure>{svg}<figcaption><b>Figure {position}.</b> {escape(caption)}</figcaption></figure>"
+    """Return a numbered figure with its caption, which is plain text."""
+    title = f"<b>Figure {position}.</b> {escape(caption)}"
+    return f"<figure>{svg}<figcaption>{title}</figcaption></figure>"
 
 
 def method_name(run: Run) -> str:
-    """The method in words: what the arguments call it, or what the files show."""
+    """Describe the method: as the arguments name it, or from what the records show."""
     given = run.argument("method", "decay_method")
     if isinstance(given, str):
         return given
@@ -120,7 +124,7 @@ def method_name(run: Run) -> str:
 
 
 def run_line(run: Run) -> str:
-    """One line that says what the run was: model, size, method, optimizer, eta, updates, data, device."""
+    """Describe a run in a line: model, size, method, optimizer, eta, updates, data, device."""
     model = run.argument("model_config", "model", "model_name") or section(
         run.info, "model_config"
     ).get("model_type")
@@ -148,7 +152,10 @@ def run_line(run: Run) -> str:
 
 
 def analysis_cost(run: Run) -> tuple[float, float]:
-    """(mean seconds of one analysis, share of the run's time), nan where run.json has no summary or no module was analysed."""
+    """Return mean seconds of an analysis, and the share of all analyses in the time of the run.
+
+    nan if run.json has no summary, or no module was analysed.
+    """
     summary = section(run.info, "summary")
     if run.modules is None:
         return math.nan, math.nan
@@ -158,7 +165,7 @@ def analysis_cost(run: Run) -> tuple[float, float]:
 
 
 def result_rows(run: Run) -> list[tuple[str, str]]:
-    """(name, value) of each line in the result table."""
+    """Return name and value of each row of the table of results."""
     evaluation, (seconds, share) = final_evaluation(run), analysis_cost(run)
     rows: list[tuple[str, str]] = []
     if evaluation is None:
@@ -169,45 +176,54 @@ def result_rows(run: Run) -> list[tuple[str, str]]:
             if evaluation.get("final") is True
             else f"latest (update {int(evaluation['update_step']):,})"
         )
-        rows.append((f"{word} validation loss", shown(number(evaluation, "eval_loss"))))
+        rows.append((f"{word} validation loss", format_number(number(evaluation, "eval_loss"))))
         rows.append(
-            (f"{word} validation perplexity", shown(number(evaluation, "perplexity"), "{:.2f}"))
+            (
+                f"{word} validation perplexity",
+                format_number(number(evaluation, "perplexity"), "{:.2f}"),
+            )
         )
         rows.append(
-            ("reference perplexity ¹", shown(number(evaluation, "reference_perplexity"), "{:.2f}"))
+            (
+                "reference perplexity ¹",
+                format_number(number(evaluation, "reference_perplexity"), "{:.2f}"),
+            )
         )
-        rows += [(key, shown(number(evaluation, key))) for key in other_results(evaluation)]
-    rows.append((f"{run.unit} seen", shown(total_items_seen(run), "{:,.0f}")))
-    rows.append((f"{run.unit} per second", shown(throughput(run), "{:,.0f}")))
-    rows.append(("MFU", shown(100 * utilisation(run), "{:.1f} %")))
-    rows.append(("seconds of one analysis", shown(seconds, "{:.3g}")))
-    rows.append(("analysis, share of the run", shown(100 * share, "{:.2g} %")))
+        rows += [(key, format_number(number(evaluation, key))) for key in other_results(evaluation)]
+    rows.append((f"{run.unit} seen", format_number(total_items_seen(run), "{:,.0f}")))
+    rows.append((f"{run.unit} per second", format_number(throughput(run), "{:,.0f}")))
+    rows.append(("MFU", format_number(100 * utilisation(run), "{:.1f} %")))
+    rows.append(("seconds of one analysis", format_number(seconds, "{:.3g}")))
+    rows.append(("analysis, share of the run", format_number(100 * share, "{:.2g} %")))
     return [row for row in rows if row[1] != "–"]
 
 
 def other_results(evaluation: dict[str, Any]) -> list[str]:
-    """The fields of an evaluation that are shown under their own names, as accuracies are."""
+    """Return the fields of an evaluation that are shown under their own names, as accuracies."""
     return [key for key in evaluation if key not in EVALUATION_FIELDS]
 
 
 def reference_note(runs: Sequence[Run]) -> str:
-    """The footnote on reference perplexity, where any run has one."""
+    """Return the footnote on reference perplexity, or nothing if no run has one."""
     if not any(
         math.isfinite(number(final_evaluation(run) or {}, "reference_perplexity")) for run in runs
     ):
         return ""
     text = (
-        "The reference implementation's evaluation counts one batch too many and reports exp(L·n/(n+1)) for n batches of mean loss L; "
-        "given only to compare with published tables."
+        "The reference implementation's evaluation counts one batch too many and reports "
+        "exp(L·n/(n+1)) for n batches of mean loss L; given only to compare with published tables."
     )
     return f'<p class="note">¹ {escape(text)}</p>'
 
 
 def module_figures(run: Run, position: int) -> str:
-    """Figures about the modules, numbered from `position`; a sentence where the run has none."""
+    """Return the figures of the modules, numbered from `position`, or why there are none."""
     modules = run.modules
     if modules is None:
-        return "<p>No figures of single modules: this run set no decay by module (modules.jsonl is empty or missing).</p>"
+        return (
+            "<p>No figures of single modules: this run set no decay by module "
+            "(modules.jsonl is empty or missing).</p>"
+        )
     name, values = shown_statistic(run, modules)
     decay_name, decays = decay_in_eta(run, modules)
     base = 1.0 if run.eta > 0 else None
@@ -224,7 +240,8 @@ def module_figures(run: Run, position: int) -> str:
         parts.append(
             (
                 strip,
-                f"{definition(name)} and decay of every balanced module by type, at this run's only analysis.{dashed}",
+                f"{definition(name)} and decay of every balanced module by type, at this run's "
+                f"only analysis.{dashed}",
             )
         )
     elif drawn:
@@ -235,7 +252,8 @@ def module_figures(run: Run, position: int) -> str:
         parts.append(
             (
                 svg,
-                f"Decay of every balanced module{' in units of η (dashed)' if base else ''}. {lines}",
+                f"Decay of every balanced module{' in units of η (dashed)' if base else ''}. "
+                f"{lines}",
             )
         )
     if np.isfinite(decays[-1]).any():
@@ -244,7 +262,8 @@ def module_figures(run: Run, position: int) -> str:
         parts.append(
             (
                 svg,
-                f"Decays (colour) and {name} (number) of every module, {analysis_time_label(modules.steps[-1])}.{rest}",
+                f"Decays (colour) and {name} (number) of every module, "
+                f"{analysis_time_label(modules.steps[-1])}.{rest}",
             )
         )
     if np.isfinite(values).any():
@@ -256,8 +275,8 @@ def module_figures(run: Run, position: int) -> str:
     ) + flagged_modules(modules)
 
 
-def flagged_modules(modules: Modules, most: int = 40) -> str:
-    """A table of the modules whose alpha was undefined, and why; nothing where there are none."""
+def flagged_modules(modules: Modules, max_rows: int = 40) -> str:
+    """Return a table of the modules whose alpha was undefined, and why; "" if there are none."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, step, reason in modules.reasons:
         groups.setdefault((name, reason), []).append(step)
@@ -268,19 +287,19 @@ def flagged_modules(modules: Modules, most: int = 40) -> str:
         for (name, reason), steps in groups.items()
     ]
     more = (
-        f'<p class="note">and {len(rows) - most} more in modules.jsonl</p>'
-        if len(rows) > most
+        f'<p class="note">and {len(rows) - max_rows} more in modules.jsonl</p>'
+        if len(rows) > max_rows
         else ""
     )
     return (
         "<h2>Modules without alpha</h2>"
-        + table(("module", "why", "updates", "last at"), rows[:most], "texts")
+        + table(("module", "why", "updates", "last at"), rows[:max_rows], "texts")
         + more
     )
 
 
 def details(run: Run, summary: str) -> str:
-    """Everything run.json says, folded away."""
+    """Return all of run.json in a collapsible section."""
     info = run.info
     named = ("arguments", "model_config", "versions", "summary")
     parts = [
@@ -293,16 +312,19 @@ def details(run: Run, summary: str) -> str:
         )
     ]
     parts += [(key.replace("_", " "), section(info, key)) for key in named]
-    tables = [
-        f"<h3>{escape(title)}</h3>" + table((), [(str(key), value if isinstance(value, str) else json.dumps(value, default=str))
-                                                for key, value in values.items()], "texts")
-        for title, values in parts if values
-    ]  # fmt: skip
+    tables = []
+    for title, values in parts:
+        rows = [
+            (str(key), value if isinstance(value, str) else json.dumps(value, default=str))
+            for key, value in values.items()
+        ]
+        if rows:
+            tables.append(f"<h3>{escape(title)}</h3>" + table((), rows, "texts"))
     return f"<details><summary>{escape(summary)}</summary>{''.join(tables)}</details>"
 
 
 def loss_caption(runs: Sequence[Run]) -> str:
-    """The caption's second half of a loss figure: what lies outside its frame."""
+    """Return the end of a loss figure's caption, which says what lies outside of its frame."""
     limits = loss_limits(runs)
     highest = max(
         (value for run in runs for value in column(run.training, "loss") if math.isfinite(value)),
@@ -316,8 +338,8 @@ def loss_caption(runs: Sequence[Run]) -> str:
 
 
 def single_page(run: Run) -> str:
-    """The body of one run's report."""
-    lower = " Beneath: the learning rate." if np.isfinite(column(run.training, "lr")).any() else ""
+    """Return the body of the report of one run."""
+    lower = " Below: the learning rate." if np.isfinite(column(run.training, "lr")).any() else ""
     parts = [
         f'<h1>{escape(run.label)}</h1><p class="lead">{escape(run_line(run))}</p>',
         table((), result_rows(run)),
@@ -334,7 +356,7 @@ def single_page(run: Run) -> str:
 
 
 def differing_arguments(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows (argument, value in each run) of the arguments in which the runs differ."""
+    """Return [argument, value in each run] for each argument in which the runs differ."""
     arguments = [section(run.info, "arguments") for run in runs]
     names = dict.fromkeys(name for one in arguments for name in one)
     rows = [
@@ -345,25 +367,27 @@ def differing_arguments(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def comparison_row(run: Run) -> dict[str, str]:
-    """What the table of results says of a run, by the names of its columns."""
+    """Return the row of a run in the table of results, by column name."""
     evaluation, (seconds, share) = final_evaluation(run) or {}, analysis_cost(run)
     return {
         "run": run.label,
         "method": method_name(run),
         "update": f"{int(evaluation['update_step']):,}" if evaluation else "–",
-        "validation loss": shown(number(evaluation, "eval_loss")),
-        "perplexity": shown(number(evaluation, "perplexity"), "{:.2f}"),
-        "reference perplexity ¹": shown(number(evaluation, "reference_perplexity"), "{:.2f}"),
-        **{key: shown(number(evaluation, key)) for key in other_results(evaluation)},
-        f"{run.unit}/s": shown(throughput(run), "{:,.0f}"),
-        "MFU": shown(100 * utilisation(run), "{:.1f} %"),
-        "s per analysis": shown(seconds, "{:.3g}"),
-        "share": shown(100 * share, "{:.2g} %"),
+        "validation loss": format_number(number(evaluation, "eval_loss")),
+        "perplexity": format_number(number(evaluation, "perplexity"), "{:.2f}"),
+        "reference perplexity ¹": format_number(
+            number(evaluation, "reference_perplexity"), "{:.2f}"
+        ),
+        **{key: format_number(number(evaluation, key)) for key in other_results(evaluation)},
+        f"{run.unit}/s": format_number(throughput(run), "{:,.0f}"),
+        "MFU": format_number(100 * utilisation(run), "{:.1f} %"),
+        "s per analysis": format_number(seconds, "{:.3g}"),
+        "share": format_number(100 * share, "{:.2g} %"),
     }
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """The body of a report of several runs: results, what differs, and the curves over one another."""
+    """Return the body of a comparison: results, figure, and arguments in which the runs differ."""
     rows = [comparison_row(run) for run in runs]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     head = [name for name in columns if any(row.get(name, "–") != "–" for row in rows)]
@@ -372,7 +396,10 @@ def comparison_page(runs: Sequence[Run]) -> str:
         run.label for run in runs if (final_evaluation(run) or {}).get("final") is not True
     ]
     differences = differing_arguments(runs)
-    caption = f"Losses, validation loss minus that of {runs[0].label}, parameter-weighted mean decay, and learning rate."
+    caption = (
+        f"Losses, validation loss minus that of {runs[0].label}, parameter-weighted mean decay, "
+        "and learning rate."
+    )
     parts = [
         f"<h1>{escape(' vs. '.join(run.label for run in runs))}</h1>",
         *(
@@ -396,53 +423,65 @@ def comparison_page(runs: Sequence[Run]) -> str:
     return "\n".join(parts)
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document around `body`."""
-    css = """
-:root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --faint: #5f6368; --rule: #d9d9d9; }
-@media (prefers-color-scheme: dark) { :root { --page: #17191c; --text: #e6e6e6; --faint: #a0a4a8; --rule: #3a3d42; } }
-@media print { :root { --page: #fff; --text: #000; --faint: #444; --rule: #bbb; } body { padding: 0; } }
-body { background: var(--page); color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Arial, sans-serif;
-       max-width: 58rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+CSS = """
+:root {
+  color-scheme: light dark; --page: #fff; --text: #1a1a1a; --faint: #5f6368; --rule: #d9d9d9;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --page: #17191c; --text: #e6e6e6; --faint: #a0a4a8; --rule: #3a3d42; }
+}
+@media print {
+  :root { --page: #fff; --text: #000; --faint: #444; --rule: #bbb; } body { padding: 0; }
+}
+body {
+  background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Arial, sans-serif;
+  max-width: 58rem; margin: 0 auto; padding: 2rem 1.25rem 4rem;
+}
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; }
-.lead { margin: 0 0 .4rem; color: var(--faint); } .note { color: var(--faint); font-size: .85rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h3 { font-size: 1rem; }
+.lead { margin: 0 0 .4rem; color: var(--faint); }
+.note { color: var(--faint); font-size: .85rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 table { border-top: 1.5px solid; border-bottom: 1.5px solid; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; } tbody th { font-weight: normal; }
-thead th { border-bottom: 1px solid; font-weight: 600; } td { text-align: right; } thead th:not(:first-child) { text-align: right; }
+th, td {
+  padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere;
+}
+tbody th { font-weight: normal; }
+thead th { border-bottom: 1px solid; font-weight: 600; }
+td { text-align: right; }
+thead th:not(:first-child) { text-align: right; }
 td:last-child, th:last-child { padding-right: 0; }
-.results td, .results th { overflow-wrap: normal; } .results td:nth-child(2), .results th:nth-child(2) { text-align: left; }
-.texts td, .texts thead th:not(:first-child) { text-align: left; } .texts { font-size: .85rem; width: 100%; }
-figure { margin: 2.2rem 0; break-inside: avoid; } figure svg { width: 100%; height: auto; display: block; }
-figcaption { font-size: .9rem; color: var(--faint); margin-top: .4rem; } details { margin-top: 2rem; } summary { cursor: pointer; }
+.results td, .results th { overflow-wrap: normal; }
+.results td:nth-child(2), .results th:nth-child(2) { text-align: left; }
+.texts td, .texts thead th:not(:first-child) { text-align: left; }
+.texts { font-size: .85rem; width: 100%; }
+figure { margin: 2.2rem 0; break-inside: avoid; }
+figure svg { width: 100%; height: auto; display: block; }
+figcaption { font-size: .9rem; color: var(--faint); margin-top: .4rem; }
+details { margin-top: 2rem; }
+summary { cursor: pointer; }
 """
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{css}</style>'
+
+
+def page(title: str, body: str) -> str:
+    """Return a whole HTML document around `body`."""
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{CSS}</style>"
+    )
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-# ------------------------------------------------------------------------------------------------------------------- the command
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write the file under a temporary name and rename it: a reader sees the old page or the new one, never half of one."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from None
+# ----------------------------------------------------------------------------------------- writing
 
 
 def make_labels_unique(runs: Sequence[Run]) -> None:
-    """Give runs of the same name labels that tell them apart: the folder's name, and a number where that is the same too."""
+    """Change the labels of runs that have the same name.
+
+    They are labelled by their folder's name, and by a number if that is the same too.
+    """
     for label_of in (
         lambda run, i: run.folder.resolve().name,
         lambda run, i: f"{run.label} #{i + 1}",
@@ -456,20 +495,30 @@ def make_labels_unique(runs: Sequence[Run]) -> None:
 def write_report(
     run_folder: Path | str, *others: Path | str, output: Path | str | None = None
 ) -> Path:
-    """Write the report of a run, or of several side by side, and return its path.
+    """Write the report of a run, or a comparison of several runs.
 
-    run_folder, others: folders that hold run.json, metrics.jsonl and perhaps modules.jsonl.
-    output: the file to write; by default report.html in the run's folder, or comparison.html in the first run's folder for several.
-    Raises UserError for a folder that is no run, a run without metrics, a broken line (a torn last line is left out) and a path that
-    cannot be written.
+    Args:
+        run_folder: The folder of a run, with run.json, metrics.jsonl and perhaps modules.jsonl.
+        others: The folders of further runs.
+        output: The file to write. By default report.html in the folder of the run; for several
+            runs, comparison.html in the folder of the first.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: A folder is not a run, a run has no metrics, a line of its records is invalid (an
+            incomplete last line is ignored), or the output cannot be written.
     """
     runs = [read_run(folder) for folder in (run_folder, *others)]
     make_labels_unique(runs)
-    path = (
-        Path(output)
-        if output is not None
-        else Path(run_folder) / ("comparison.html" if others else "report.html")
-    )
+    path = Path(run_folder) / ("comparison.html" if others else "report.html")
+    if output is not None:
+        path = Path(output)
     body = comparison_page(runs) if others else single_page(runs[0])
-    write_atomically(path, page(" vs. ".join(run.label for run in runs), body))
+    text = page(" vs. ".join(run.label for run in runs), body)
+    try:
+        atomic_write(path, text, durable=False)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from None
     return path

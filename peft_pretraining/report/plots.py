@@ -1,4 +1,7 @@
-"""The figures of the report."""
+"""Figures of the report.
+
+matplotlib takes a second to import, so only the functions that draw import it.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if (
-    TYPE_CHECKING
-):  # matplotlib takes a second to import: the functions that draw import it themselves
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 from peft_pretraining.records.reader import Modules, Run, column, number, section
 
-# Okabe and Ito's colours, told apart by colour-blind readers (jfly.uni-koeln.de/color), without black and yellow, which vanish on a
-# dark or a white page.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
+# Without black and yellow, which are invisible on a dark or a white page.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# Stand-ins that matplotlib can draw with; the page replaces them by its own text and background colour, so that figures follow dark mode.
+# Placeholder colours. The page replaces them by its own text and background colours, so that the
+# figures follow dark mode.
 FOREGROUND, BACKGROUND = "#010203", "#010204"
-# The order in which papers name LLaMA's projections; other types follow in the order of the model.
+# The order in which papers list the projections of LLaMA. Other types follow in the order of the
+# model.
 USUAL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` (odd) values centred on each one, over fewer of them near the ends; missing values do not count.
+    """Return the mean over a window that is centred on each value.
 
-    Centred, because a mean over the past alone would lie above a falling loss.
+    A mean over past values only would lie above a falling loss.
+
+    Args:
+        values: [n] The values. nan is not counted.
+        window: The number of values in a mean, odd. Near the ends it is smaller.
+
+    Returns:
+        [n] The means, nan where all values of the window are nan.
     """
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
@@ -45,12 +56,15 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def smoothing_window(run: Run) -> int:
-    """Logged lines in one running mean, an odd number: a fiftieth of the curve, at least 5."""
+    """Return the window of the running mean in logged updates: odd, 2 % of the curve or 5."""
     return max(5, len(run.training) // 50 | 1)
 
 
 def seen_per_update(run: Run) -> float:
-    """Mean tokens or images in one update, for the axis at the top; nan where they do not grow in proportion (a run changed its batch)."""
+    """Return the mean number of tokens or images in an update, for the axis at the top.
+
+    nan if it is not constant, because the batch size changed during the run.
+    """
     steps, seen = column(run.training, "update_step"), column(run.training, f"{run.unit}_seen")
     known = np.isfinite(seen) & (steps > 0)
     if not known.any():
@@ -64,7 +78,7 @@ def seen_per_update(run: Run) -> float:
 
 
 def total_items_seen(run: Run) -> float:
-    """Tokens or images trained on so far, from the last line that says so."""
+    """Return the number of tokens or images trained on so far; nan if it was not recorded."""
     lines = run.training + run.evaluations + [section(run.info, "summary")]
     known = [
         value
@@ -75,7 +89,7 @@ def total_items_seen(run: Run) -> float:
 
 
 def throughput(run: Run) -> float:
-    """Tokens or images a second: the summary's, else the median of the logged ones."""
+    """Return tokens or images per second: from the summary, or the median of logged updates."""
     value = number(section(run.info, "summary"), f"{run.unit}_per_second")
     logged = column(run.training, f"throughput_{run.unit}")
     return (
@@ -86,7 +100,7 @@ def throughput(run: Run) -> float:
 
 
 def utilisation(run: Run) -> float:
-    """MFU, pads counted: the summary's, else the median of the logged ones."""
+    """Return the MFU, padding included: from the summary, or the median of logged updates."""
     value = number(section(run.info, "summary"), "mfu")
     logged = column(run.training, "mfu")
     return (
@@ -97,29 +111,40 @@ def utilisation(run: Run) -> float:
 
 
 def last_update(run: Run) -> int:
-    """The greatest update step that the run has logged."""
+    """Return the last update that the run has logged."""
     return max(int(row["update_step"]) for row in (run.training + run.evaluations))
 
 
 def shown_statistic(run: Run, modules: Modules) -> tuple[str, np.ndarray]:
-    """(name, values [updates, modules]) of what the module figures show: alpha, or the score of a run that computes no alpha."""
+    """Return name and values [analyses, modules] of the statistic that the module figures show.
+
+    This is alpha, or the score if the run computes no alpha.
+    """
     if np.isfinite(modules.alpha).any():
         return "α", modules.alpha
     return str(run.argument("esd_metric_for_tb", "metric") or "score"), modules.score
 
 
 def analysis_time_label(step: int) -> str:
-    """When an analysis took place, in words."""
+    """Describe when an analysis took place."""
     return "before training" if step == 0 else f"after {int(step):,} updates"
 
 
 def decay_in_eta(run: Run, modules: Modules) -> tuple[str, np.ndarray]:
-    """(axis name, decays [updates, modules]) in units of eta, or as they are where eta is zero or unknown."""
+    """Return axis name and values [analyses, modules] of the decays.
+
+    In units of eta, or unscaled if eta is zero or unknown.
+    """
     return ("decay (η)", modules.decay / run.eta) if run.eta > 0 else ("decay", modules.decay)
 
 
 def types_in_order(modules: Modules, chosen: np.ndarray | None = None) -> list[str]:
-    """The module types (of the chosen modules, all by default), the projections of a transformer in their usual order."""
+    """Return the types of modules, those of USUAL_ORDER first.
+
+    Args:
+        modules: The modules.
+        chosen: [modules] Which modules to consider; by default all.
+    """
     kept = [kind for i, kind in enumerate(modules.types) if chosen is None or chosen[i]]
     found = list(dict.fromkeys(kept))
     return [kind for kind in USUAL_ORDER if kind in found] + [
@@ -128,31 +153,43 @@ def types_in_order(modules: Modules, chosen: np.ndarray | None = None) -> list[s
 
 
 def short_rows(modules: Modules) -> tuple[list[str], list[str], str]:
-    """(rows, their short names, what was cut off): `model.layers.7` becomes `7`; modules outside the blocks keep their names."""
-    rows = list(dict.fromkeys(modules.rows))
+    """Return places (blocks, and modules outside of blocks), their short names, and the prefix.
+
+    The short name of `model.layers.7` is `7`, with the prefix `model.layers.`. Modules outside of
+    blocks keep their names.
+    """
+    rows = list(dict.fromkeys(modules.places))
     prefix = os.path.commonprefix(modules.blocks) if len(modules.blocks) > 1 else ""
     prefix = prefix[: prefix.rfind(".") + 1]
     return rows, [row[len(prefix) :] if row in modules.blocks else row for row in rows], prefix
 
 
 def short_number(value: float, _position: int | None = None) -> str:
-    """20000 -> 20k, 1.5e9 -> 1.5B. The second argument is what matplotlib hands to a tick formatter."""
+    """Format a number with a suffix: 20k for 20000, 1.5B for 1.5e9.
+
+    The second argument is what matplotlib passes to a tick formatter.
+    """
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.4g}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- drawing: tools
+# ----------------------------------------------------------------------------------- drawing tools
 
 
 def style() -> dict[str, Any]:
-    """matplotlib settings of every figure: 7 inches wide at 8 points, text kept as text, thin frames, no grid."""
+    """Return the matplotlib settings of all figures.
+
+    Figures are 7 inches wide with text of 8 points, which stays text in the SVG. The layout is made
+    for DejaVu Sans, which comes with matplotlib, so it does not depend on installed fonts. A
+    browser without it uses the other fonts, which are not wider.
+    """
     return {
         "svg.fonttype": "none",
-        "text.parse_math": False,  # a `$` in a name is a dollar
+        "text.parse_math": False,  # `$` in a name is not a formula
         "font.family": "sans-serif",
-        "font.sans-serif": ["Arial", "Helvetica", "Liberation Sans", "DejaVu Sans"],
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica", "Liberation Sans"],
         "font.size": 8,
         "axes.titlesize": 8,
         "axes.labelsize": 8,
@@ -181,7 +218,13 @@ def style() -> dict[str, Any]:
 
 
 def as_svg(draw: Callable[..., Figure], key: str, *arguments: Any) -> str:
-    """Call `draw(*arguments)` under the page's style and return the figure as inline SVG; `key` keeps its ids apart from the others'."""
+    """Draw a figure in the style of the page and return it as inline SVG.
+
+    Args:
+        draw: A function that returns a figure.
+        key: A prefix that makes the ids of this figure unique within the page.
+        arguments: Passed to `draw`.
+    """
     import matplotlib
 
     buffer = io.StringIO()
@@ -199,37 +242,37 @@ def as_svg(draw: Callable[..., Figure], key: str, *arguments: Any) -> str:
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure, 7 inches wide."""
+    """Return an empty figure, 7 inches wide and `height` inches high."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.0, height))
 
 
 def legend_text(text: str) -> str:
-    """A label as matplotlib's legends want it: short, and not starting with `_`, which would hide it."""
+    """Shorten a label for a legend, and escape a leading `_`, with which matplotlib hides it."""
     short = text if len(text) <= 42 else text[:41] + "…"
     return f" {short}" if short.startswith("_") else short
 
 
 def depth_colours() -> Any:
-    """Viridis without its two ends, which a dark and a white page would swallow."""
+    """Return viridis without its two ends, which are invisible on a dark or a white page."""
     import matplotlib
     from matplotlib.colors import ListedColormap
 
     return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.2, 0.87, 48)))
 
 
-def update_axis(axes: Axes, most_ticks: int, label: str = "update") -> None:
-    """Name the x axis of updates and write its ticks as 20k."""
+def update_axis(axes: Axes, max_ticks: int, label: str = "update") -> None:
+    """Label an x axis of updates, with ticks such as 20k."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(most_ticks, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(max_ticks, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(short_number))
     axes.set_xlabel(label)
 
 
 def data_axis(axes: Axes, ratio: float, unit: str) -> None:
-    """A second x axis at the top: tokens or images seen, `ratio` of them in each update; nothing where the ratio is unknown."""
+    """Add an x axis of tokens or images at the top, `ratio` for each update; none if it is nan."""
     from matplotlib.ticker import FuncFormatter
 
     if math.isfinite(ratio):
@@ -241,10 +284,10 @@ def data_axis(axes: Axes, ratio: float, unit: str) -> None:
         top.spines["top"].set_visible(True)
 
 
-def block_axis(axes: Axes, modules: Modules, most_ticks: int = 12) -> None:
-    """Name the x axis of depth and its ticks after the blocks."""
+def block_axis(axes: Axes, modules: Modules, max_ticks: int = 12) -> None:
+    """Label an x axis of depth with the names of the blocks."""
     rows, names, prefix = short_rows(modules)
-    every = max(1, math.ceil(len(rows) / most_ticks))
+    every = max(1, math.ceil(len(rows) / max_ticks))
     long = max(len(name) for name in names[::every]) > 3
     axes.set_xticks(
         range(0, len(rows), every),
@@ -255,20 +298,23 @@ def block_axis(axes: Axes, modules: Modules, most_ticks: int = 12) -> None:
     axes.set_xlabel(f"block ({prefix}*)" if prefix else "block")
 
 
-# -------------------------------------------------------------------------------------------------------------- drawing: figures
+# ----------------------------------------------------------------------------------------- figures
 
 
 def lowest(values: np.ndarray) -> list[float]:
-    """[the value that 0.5 % of the known values lie below], [] where none is known: the noise's floor without its outliers."""
+    """Return [the 0.5 % quantile of the finite values], or [] if there are none.
+
+    This is the lower limit of a noisy curve without its outliers.
+    """
     known = values[np.isfinite(values)]
     return [float(np.quantile(known, 0.005))] if len(known) else []
 
 
 def loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """(bottom, top) of the loss axis; None to show everything.
+    """Return bottom and top of the loss axis; None to show everything.
 
-    The loss of the first updates is several times the later range and would press the rest flat: the axis is fitted to what comes
-    after the first 4 % of the updates.
+    The loss of the first updates is several times the range of the rest, which it would compress.
+    The axis is fitted to the loss after the first 4 % of the updates.
     """
     values: list[float] = []
     for run in runs:
@@ -284,11 +330,11 @@ def loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
 
 
 def draw_training(axes: Axes, run: Run, colour: str, label: str, raw: bool) -> None:
-    """The running mean of the training loss, the logged values behind it if `raw`."""
+    """Draw the running mean of the training loss, with the logged values behind it if `raw`."""
     steps, loss = column(run.training, "update_step"), column(run.training, "loss")
     few = len(steps) < 5
     if raw and not few:
-        every = max(1, len(steps) // 3000)  # more points than pixels only make the page heavy
+        every = max(1, len(steps) // 3000)  # more points than pixels only make the page larger
         axes.plot(
             steps[::every],
             loss[::every],
@@ -312,17 +358,26 @@ def draw_training(axes: Axes, run: Run, colour: str, label: str, raw: bool) -> N
 def draw_validation(
     axes: Axes, run: Run, colour: str, marker: str, label: str | None, joined: bool
 ) -> None:
-    """The validation losses as points, joined by a thin line if `joined`."""
+    """Draw the validation losses as points, joined by a thin line if `joined`."""
     steps, loss = column(run.evaluations, "update_step"), column(run.evaluations, "eval_loss")
     size = 4.5 if len(steps) <= 30 else 2.5
     axes.plot(
-        steps, loss, color=colour, marker=marker, markersize=size, markeredgecolor=BACKGROUND, markeredgewidth=0.5,
-        linestyle="-" if joined else "", linewidth=0.8, label=label, zorder=3,
-    )  # fmt: skip
+        steps,
+        loss,
+        color=colour,
+        marker=marker,
+        markersize=size,
+        markeredgecolor=BACKGROUND,
+        markeredgewidth=0.5,
+        linestyle="-" if joined else "",
+        linewidth=0.8,
+        label=label,
+        zorder=3,
+    )
 
 
 def loss_figure(run: Run) -> Figure:
-    """Figure 1 of one run: training and validation loss over updates, the learning rate beneath."""
+    """Draw training and validation loss of a run over updates, and the learning rate below."""
     from matplotlib.ticker import MaxNLocator
 
     rates = np.isfinite(column(run.training, "lr")).any()
@@ -331,8 +386,10 @@ def loss_figure(run: Run) -> Figure:
         axes, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
     else:
         axes = lower = figure.subplots()
-    draw_training(axes, run, PALETTE[0], f"training, mean over {smoothing_window(run)} logged updates" if len(run.training) >= 5 else
-                  "training", raw=True)  # fmt: skip
+    label = "training"
+    if len(run.training) >= 5:
+        label = f"training, mean over {smoothing_window(run)} logged updates"
+    draw_training(axes, run, PALETTE[0], label, raw=True)
     if run.evaluations:
         draw_validation(axes, run, PALETTE[1], "o", "validation", joined=False)
     axes.set_ylabel("loss (nats per token)" if has_perplexity(run) else "loss")
@@ -341,8 +398,14 @@ def loss_figure(run: Run) -> Figure:
     if limits:
         axes.set_ylim(*limits)
     if rates:
-        lower.plot(column(run.training, "update_step"), column(run.training, "lr"), color=FOREGROUND, linewidth=1,
-                   marker="o" if len(run.training) < 5 else "", markersize=3)  # fmt: skip
+        lower.plot(
+            column(run.training, "update_step"),
+            column(run.training, "lr"),
+            color=FOREGROUND,
+            linewidth=1,
+            marker="o" if len(run.training) < 5 else "",
+            markersize=3,
+        )
         lower.set_ylabel("learning rate")
         lower.set_ylim(bottom=0)
         lower.yaxis.set_major_locator(MaxNLocator(3))
@@ -354,14 +417,14 @@ def loss_figure(run: Run) -> Figure:
 
 
 def has_perplexity(run: Run) -> bool:
-    """True for a language model's run: its losses are nats per token."""
+    """Return True for the run of a language model, whose losses are in nats per token."""
     return bool(
         np.isfinite(column(run.evaluations, "perplexity")).any()
     ) or "perplexity" in section(run.info, "summary")
 
 
 def loss_difference(run: Run, first: Run) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, validation loss of `run` minus that of `first`) at the steps where both were evaluated."""
+    """Return updates at which both runs were evaluated, and loss of `run` minus that of `first`."""
     base = dict(
         zip(
             column(first.evaluations, "update_step"),
@@ -375,7 +438,11 @@ def loss_difference(run: Run, first: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def comparison_figure(runs: Sequence[Run]) -> Figure:
-    """Losses of all runs, the difference in validation loss to the first, the mean decay and the learning rate, over updates."""
+    """Draw runs side by side over updates.
+
+    From top to bottom: losses, difference in validation loss to the first run, mean decay, learning
+    rate.
+    """
     figure = new_figure(6.6)
     axes, gap, decay, rate = figure.subplots(4, 1, sharex=True, height_ratios=[3.4, 1.6, 1, 0.8])
     for i, run in enumerate(runs):
@@ -386,10 +453,8 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
         shared, difference = loss_difference(run, runs[0])
         gap.plot(shared, difference, color=colour, marker=marker, markersize=3.5, linewidth=0.9)
         dot = "o" if len(steps) < 5 else ""
-        for panel, key in (
-            (decay, "weight_decay"),
-            (rate, "lr"),
-        ):  # these often coincide: dashes let the run beneath show
+        for panel, key in ((decay, "weight_decay"), (rate, "lr")):
+            # These curves often coincide; dashes make the one behind visible.
             dashes = ("-", "--", ":", "-.")[i % 4]
             panel.plot(
                 steps,
@@ -421,17 +486,22 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
     figure.align_ylabels()
     ratios = [seen_per_update(run) for run in runs]
     same_unit = len({run.unit for run in runs}) == 1
-    if (
-        same_unit and np.ptp(ratios) < 0.01 * ratios[0]
-    ):  # false for nan: no axis unless every run has as much in an update
+    # Only if all runs have the same amount of data in an update. False for nan.
+    if same_unit and np.ptp(ratios) < 0.01 * ratios[0]:
         data_axis(axes, ratios[0], runs[0].unit)
     return figure
 
 
 def over_time_figure(modules: Modules, values: np.ndarray, name: str, base: float | None) -> Figure:
-    """Figures 2 and 3: one small panel for each module type, one line for each module coloured by depth, the mean of the type thick.
+    """Draw a statistic over time: a panel for each type, a line for each module.
 
-    values is [updates, modules]; `base` draws a thin level line (eta among the decays).
+    The lines are coloured by depth; a thick line is the mean of the type.
+
+    Args:
+        modules: The modules; only balanced ones are drawn.
+        values: [analyses, modules] The statistic.
+        name: The label of the axis.
+        base: Where to draw a dashed horizontal line, such as eta among decays. None: nowhere.
     """
     chosen = modules.balanced & np.isfinite(values).any(axis=0)
     kinds = types_in_order(modules, chosen)
@@ -444,8 +514,14 @@ def over_time_figure(modules: Modules, values: np.ndarray, name: str, base: floa
     for axes, kind in zip(grid, kinds, strict=False):
         members = [i for i in range(len(modules.names)) if chosen[i] and modules.types[i] == kind]
         for i in members:
-            axes.plot(modules.steps, values[:, i], color=colours(rows.index(modules.rows[i]) / deepest), linewidth=0.8,
-                      marker="." if len(modules.steps) < 4 else "", markersize=4)  # fmt: skip
+            axes.plot(
+                modules.steps,
+                values[:, i],
+                color=colours(rows.index(modules.places[i]) / deepest),
+                linewidth=0.8,
+                marker="." if len(modules.steps) < 4 else "",
+                markersize=4,
+            )
         if len(members) > 1:
             axes.plot(
                 modules.steps, mean_of_known(values[:, members]), color=FOREGROUND, linewidth=1.7
@@ -459,9 +535,7 @@ def over_time_figure(modules: Modules, values: np.ndarray, name: str, base: floa
     for position, axes in enumerate(grid):
         if position >= len(kinds):
             axes.set_axis_off()
-        elif position + wide >= len(
-            kinds
-        ):  # nothing beneath: this panel carries the names of the axis
+        elif position + wide >= len(kinds):  # the lowest panel of a column has the axis labels
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("update")
     for axes in grid[::wide]:
@@ -471,7 +545,7 @@ def over_time_figure(modules: Modules, values: np.ndarray, name: str, base: floa
 
 
 def mean_of_known(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis without the nan; nan where nothing is known."""
+    """Return the mean of the finite values over the last axis; nan if there are none."""
     known = np.isfinite(values)
     return np.where(
         known.any(axis=-1),
@@ -481,7 +555,7 @@ def mean_of_known(values: np.ndarray) -> np.ndarray:
 
 
 def add_depth_bar(figure: Figure, grid: np.ndarray, used: int, modules: Modules) -> None:
-    """The legend of depth: a colour bar in the last empty panel of the grid, or at the right where every panel is used."""
+    """Add a colour bar of depth: in the last panel if it is empty, otherwise at the right."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.lines import Line2D
@@ -516,9 +590,11 @@ def add_depth_bar(figure: Figure, grid: np.ndarray, used: int, modules: Modules)
 def by_type_figure(
     modules: Modules, panels: Sequence[tuple[str, np.ndarray, float | None]]
 ) -> Figure:
-    """Figures 2 and 3 of a run with a single update: a strip of points for each type instead of lines of one point.
+    """Draw statistics of a run with a single analysis: a strip of points for each type.
 
-    panels holds (axis name, values [1, modules], level line) of each strip chart.
+    Args:
+        modules: The modules; only balanced ones are drawn.
+        panels: Label, values [1, modules], and position of a dashed line or None, for each panel.
     """
     kinds, rows = types_in_order(modules, modules.balanced), short_rows(modules)[0]
     colours, deepest = depth_colours(), max(len(rows) - 1, 1)
@@ -526,7 +602,7 @@ def by_type_figure(
     grid = figure.subplots(1, len(panels), squeeze=False).ravel()
     for axes, (name, values, base) in zip(grid, panels, strict=True):
         for i in np.flatnonzero(modules.balanced):
-            depth = rows.index(modules.rows[i]) / deepest
+            depth = rows.index(modules.places[i]) / deepest
             axes.plot(
                 kinds.index(modules.types[i]) + 0.5 * (depth - 0.5),
                 values[0, i],
@@ -548,12 +624,17 @@ def by_type_figure(
 def cell_means(
     modules: Modules, values: np.ndarray, rows: list[str], kinds: list[str]
 ) -> np.ndarray:
-    """values [modules] as a table [rows, types]; modules that share a cell (the experts of one block) are averaged."""
+    """Arrange values [modules] as a table [rows, types].
+
+    Modules in the same cell, such as the experts of a block, are averaged. Empty cells are nan.
+    """
     table = np.full((len(rows), len(kinds)), np.nan)
     for r, row in enumerate(rows):
         for k, kind in enumerate(kinds):
             members = [
-                i for i in range(len(values)) if modules.rows[i] == row and modules.types[i] == kind
+                i
+                for i in range(len(values))
+                if modules.places[i] == row and modules.types[i] == kind
             ]
             if members:
                 table[r, k] = mean_of_known(values[members])
@@ -561,7 +642,7 @@ def cell_means(
 
 
 def heat_map_figure(run: Run, modules: Modules) -> Figure:
-    """Figure 4: the last decays as colours, block by type, with the statistic that set them printed in each cell."""
+    """Draw the last decays as colours, block by type, and print the statistic in each cell."""
     import matplotlib
 
     rows, names, prefix = short_rows(modules)
@@ -569,7 +650,7 @@ def heat_map_figure(run: Run, modules: Modules) -> Figure:
     label, decays = decay_in_eta(run, modules)
     colour = cell_means(modules, np.where(modules.balanced, decays[-1], np.nan), rows, kinds)
     printed = cell_means(modules, shown_statistic(run, modules)[1][-1], rows, kinds)
-    present = {(modules.rows[i], modules.types[i]) for i in range(len(modules.names))}
+    present = {(modules.places[i], modules.types[i]) for i in range(len(modules.names))}
     figure = new_figure(0.75 + max(len(rows), 5) * (0.2 if len(rows) <= 40 else 0.15))
     axes = figure.subplots()
     lowest, highest = (
@@ -617,7 +698,7 @@ def heat_map_figure(run: Run, modules: Modules) -> Figure:
 
 
 def cell_text(value: float) -> str:
-    """A statistic in at most five characters."""
+    """Format a statistic in at most five characters."""
     if not math.isfinite(value):
         return "–"
     return (
@@ -628,7 +709,7 @@ def cell_text(value: float) -> str:
 
 
 def depth_figure(run: Run, modules: Modules) -> Figure:
-    """Figure 5: the statistic against depth, one line for each type, at the first and at the last update."""
+    """Draw the statistic over depth, a line for each type, at the first and the last analysis."""
     name, values = shown_statistic(run, modules)
     kinds = types_in_order(modules)
     rows = short_rows(modules)[0]
@@ -639,9 +720,17 @@ def depth_figure(run: Run, modules: Modules) -> Figure:
         table = cell_means(modules, values[moment], rows, kinds)
         for k in range(len(kinds)):
             known = np.isfinite(table[:, k])
-            axes.plot(np.arange(len(rows))[known], table[known, k], color=PALETTE[k % len(PALETTE)], marker=MARKERS[k % len(MARKERS)],
-                      markersize=3.2, linewidth=1, linestyle="-" if k < len(PALETTE) else "--",
-                      markerfacecolor=PALETTE[k % len(PALETTE)] if k < len(PALETTE) else BACKGROUND)  # fmt: skip
+            first_cycle, colour = k < len(PALETTE), PALETTE[k % len(PALETTE)]
+            axes.plot(
+                np.arange(len(rows))[known],
+                table[known, k],
+                color=colour,
+                marker=MARKERS[k % len(MARKERS)],
+                markersize=3.2,
+                linewidth=1,
+                linestyle="-" if first_cycle else "--",
+                markerfacecolor=colour if first_cycle else BACKGROUND,
+            )
         axes.set_title(analysis_time_label(modules.steps[moment]))
         block_axis(axes, modules)
         axes.set_xlim(-0.5, len(rows) - 0.5)

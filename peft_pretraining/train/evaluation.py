@@ -1,4 +1,4 @@
-"""Perplexity on the validation rows."""
+"""Validation loss and perplexity."""
 
 import contextlib
 import math
@@ -9,8 +9,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from peft_pretraining.constants import IGNORE_INDEX
-from peft_pretraining.parallel.fsdp import FSDPModule
+from peft_pretraining.parallel.fsdp import is_fsdp
 from peft_pretraining.parallel.process_group import DistributedContext
+
+MAX_EXPONENT = 709  # exp of a larger number overflows a float
 
 
 @torch.no_grad()
@@ -20,43 +22,51 @@ def evaluate(
     ranks: DistributedContext,
     autocast: contextlib.AbstractContextManager,
 ) -> dict[str, float]:
-    """Loss over every non-pad target token of the batches of all ranks.
+    """Compute the loss over every target token of the batches of all ranks; padding is left out.
 
     Args:
-        model: called as model(input_ids, labels), gives the sum of the negative log-likelihoods.
-        batches: this rank's share: input_ids and labels, [rows, length], as many on every rank: those of a sharded model meet in each
-            forward pass. There may be some without a target.
+        model: model(input_ids, labels) returns the sum of the negative log-likelihoods.
+        batches: this rank's share, each with input_ids and labels [sequences, length]. Every rank
+            must have the same number of batches, because the ranks of a sharded model communicate
+            in each forward pass. A batch may have no target.
+        ranks: the processes that evaluate together.
+        autocast: the context of the forward pass.
 
     Returns:
-        eval_loss: mean negative log-likelihood (nats) per target token. perplexity: exp of it. reference_perplexity: what
-        the published code would print: it averages the means of the batches and starts its count at 1, so n batches
-        of mean loss L give exp(L n / (n + 1)); only for comparison with published tables. eval_tokens: target tokens.
+        eval_loss: mean negative log-likelihood (nats) per target token.
+        perplexity: exp of eval_loss.
+        reference_perplexity: what the published code would print, for comparison with published
+            tables only. It averages the means of the batches and starts counting at 1, so n batches
+            of mean loss L give exp(L n / (n + 1)).
+        eval_tokens: number of target tokens.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-    means, n_batches = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
+    sum_of_means, n_batches = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     model.eval()
     for batch in batches:
         input_ids, labels = batch["input_ids"].to(ranks.device), batch["labels"].to(ranks.device)
         with autocast:
             loss = model(input_ids, labels).double()
         targets = (labels[:, 1:] != IGNORE_INDEX).sum()
-        total += torch.stack([loss, targets.double()])
-        means += loss / targets.clamp_min(1)
+        sums += torch.stack([loss, targets.double()])
+        sum_of_means += loss / targets.clamp_min(1)
         n_batches += targets > 0
-    if isinstance(model, FSDPModule):
-        model.reshard()  # without a backward pass the root's parameters stay whole, and would be taken for the model's own
+    if is_fsdp(model):
+        # Without a backward pass the parameters outside the blocks stay gathered. Free them, or
+        # they would be mistaken for the sharded ones.
+        model.reshard()
     model.train()
-    biased = ranks.sum(means / (n_batches + 1)) / ranks.world_size
-    loss_sum, targets = ranks.sum(total).tolist()
-    mean = loss_sum / max(targets, 1)
+    reference_loss = ranks.sum(sum_of_means / (n_batches + 1)) / ranks.world_size
+    loss_sum, n_targets = ranks.sum(sums).tolist()
+    mean = loss_sum / max(n_targets, 1)
     return {
         "eval_loss": mean,
         "perplexity": perplexity(mean),
-        "reference_perplexity": perplexity(float(biased)),
-        "eval_tokens": int(targets),
+        "reference_perplexity": perplexity(float(reference_loss)),
+        "eval_tokens": int(n_targets),
     }
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where it overflows."""
-    return math.inf if loss > 709 else math.exp(loss)
+    """Return exp(loss), or infinity where that overflows. loss: nats per token."""
+    return math.inf if loss > MAX_EXPONENT else math.exp(loss)

@@ -1,10 +1,10 @@
-"""What the training loops of both scripts are made of."""
+"""Parts of both training loops: the next batch, a graceful stop, the summary of a run."""
 
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -13,11 +13,18 @@ from peft_pretraining.checkpoint.save import Checkpoints
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.process_group import DistributedContext
 from peft_pretraining.records.run_log import RunLog
-from peft_pretraining.report.html import write_report
 from peft_pretraining.train.signals import StopRequest
 from peft_pretraining.train.throughput import ThroughputMeter
 
 StepType = TypeVar("StepType")
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+def _count_nothing(step: object) -> list[int]:
+    return []
 
 
 def next_step(
@@ -25,50 +32,68 @@ def next_step(
     stop: StopRequest,
     checkpoints: Checkpoints,
     ranks: DistributedContext,
-    count: Callable[[StepType | None], list[int]] = lambda step: [],
+    count: Callable[[StepType | None], list[int]] = _count_nothing,
 ) -> tuple[StepType | None, list[int], Exception | None]:
-    """This rank's data of the next update, what `count` finds in it summed over the ranks, and, agreed by all, why there is none.
+    """Return the data of the next update, or the reason to stop, on which all ranks agree.
 
-    count: must return equally many numbers for every step, and for None: a rank that has no more data.
+    Args:
+        steps: this rank's data of each update.
+        stop: whether a signal has asked this rank to stop.
+        checkpoints: whether saving has failed.
+        ranks: the processes of the run; all of them call this function together.
+        count: numbers to be summed over the ranks, such as the tokens of the update. It must return
+            equally many numbers for every step and for None, which stands for missing data.
+
+    Returns:
+        This rank's data, or None if the run must stop.
+        The numbers of `count`, summed over the ranks.
+        The reason to stop, which is `Stopped` or UserError, or None.
     """
+    step: StepType | None = None
     try:
-        step, problem = next(steps), checkpoints.failure()
+        step = next(steps)
+        problem = checkpoints.failure()
     except UserError as error:
-        step, problem = None, str(error)
-    # On the CPU, so that no rank waits for its device.
-    *counts, endings = ranks.sum(
-        torch.tensor([*count(step), bool(problem or stop.signal)])
-    ).tolist()
-    if not endings:
+        problem = str(error)
+    # These tensors are on the CPU, so that no rank waits for its GPU.
+    must_stop = bool(problem or stop.signal)
+    *counts, stopping = ranks.sum(torch.tensor([*count(step), must_stop])).tolist()
+    if not stopping:
         return step, counts, None
-    said = ranks.broadcast(ranks.gather((problem, stop.signal)))
+    reports: Any = ranks.broadcast_object(ranks.gather_objects((problem, stop.signal)))
     problems = [
         f"{problem} (rank {rank})" if ranks.world_size > 1 else problem
-        for rank, (problem, _) in enumerate(said)
+        for rank, (problem, _) in enumerate(reports)
         if problem
     ]
-    signals = [signal for _, signal in said if signal]
-    # A signal to the whole process group also ends the processes that read data, which is no fault of the data.
+    signals = [signal for _, signal in reports if signal]
+    # A signal comes first: if it was sent to the whole process group, it has also ended the
+    # processes that read the data, and then there is no fault in the data.
     return None, counts, Stopped(signals[0].name) if signals else UserError(problems[0])
 
 
-class Stopped(Exception):
-    """A signal asked for the end of the run."""
+def stop_early(stop_reason: Exception, update: int, log: RunLog, advice: str) -> None:
+    """End the run after this update. Its checkpoint has been written.
 
-
-def stop_early(ending: Exception, update: int, log: RunLog, advice: str) -> None:
-    """A run that goes no further than this update, whose checkpoint is on the disk. advice: how to go on."""
-    if not isinstance(ending, Stopped):
-        raise ending
+    Args:
+        stop_reason: what `next_step` returned; anything but `Stopped` is raised.
+        update: the last update of the run.
+        log: the records of the run, which are closed.
+        advice: how to continue the run.
+    """
+    if not isinstance(stop_reason, Stopped):
+        raise stop_reason
     log.close()
-    logger.warning(f"{ending}: stopped after update {update}; {advice}")
+    logger.warning(f"{stop_reason}: stopped after update {update}; {advice}")
 
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Inside, Python looks for garbage only where `gc.collect` is called: anywhere else one rank's collection would keep all waiting.
+    """Turn automatic garbage collection off; the loop calls `gc.collect()` on all ranks at once.
 
-    What is there at the start, hundreds of thousands of objects of the libraries, is not looked at again: a collection takes a millisecond.
+    A collection that starts by itself on one rank makes all other ranks wait for it. The objects
+    that exist at the start, hundreds of thousands of the libraries, are not examined again, so that
+    a collection takes about a millisecond.
     """
     enabled = gc.isenabled()
     gc.collect()
@@ -82,24 +107,32 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def finish(clock: ThroughputMeter, log: RunLog, ranks: DistributedContext) -> None:
-    """Summary and report."""
-    summary, unit = clock.summary(), clock.work.unit
+def finish(meter: ThroughputMeter, log: RunLog, ranks: DistributedContext) -> None:
+    """Write the summary and the report of a run that has made all its updates."""
+    summary, items = meter.summary(), meter.work.item_name
     log.finish(summary)
     if ranks.is_main:
         logger.info(
-            f"{summary[f'{unit}_per_second']:,.0f} {unit}/s, MFU {summary['mfu']:.1%}; waiting for data took "
-            f"{summary['data_wait_seconds']:.2f} s, {summary['data_wait_share']:.2%}; analyses took "
+            f"{summary[f'{items}_per_second']:,.0f} {items}/s, MFU {summary['mfu']:.1%}; waiting "
+            f"for data took {summary['data_wait_seconds']:.2f} s, "
+            f"{summary['data_wait_share']:.2%}; analyses took "
             f"{summary['analysis_seconds']:.2f} s, {summary['analysis_share']:.2%}"
         )
-        report(log.folder)
+        write_run_report(log.folder)
 
 
-def report(run_folder: Path) -> None:
-    """Write the run's report; a disk too full for it must not fail a run that has made all its updates."""
+def write_run_report(run_folder: Path) -> None:
+    """Write the report of a run that has made all its updates.
+
+    A failure, for instance a full disk, is only a warning: the training itself has succeeded.
+    """
+    # Imported only here: the report's libraries are not needed before.
+    from peft_pretraining.report.html import write_report
+
     try:
         logger.info(f"report: {write_report(run_folder)}")
     except (OSError, UserError) as error:
         logger.warning(
-            f"no report ({error}): make it later with python -m peft_pretraining.report {run_folder}"
+            f"no report ({error}): make it later with "
+            f"python -m peft_pretraining.report {run_folder}"
         )

@@ -1,4 +1,4 @@
-"""`--profile`: a trace of a few updates."""
+"""--profile: a torch profiler trace of a few updates."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -9,50 +9,63 @@ from loguru import logger
 
 from peft_pretraining.parallel.process_group import DistributedContext
 
-# ---------------------------------------------------------------------------------------------------------------- --profile
-
-UNPROFILED, PROFILED = (
-    3,
-    3,
-)  # updates: caches fill and kernels are chosen in the first ones, and the profiler itself warms up in the last
+# In the first updates caches are filled and kernels are chosen. The profiler itself warms up in the
+# last of them.
+UNPROFILED_UPDATES = 3
+PROFILED_UPDATES = 3
 
 
 def profiled(
-    updates: Iterable[int], wanted: bool, run_folder: Path, ranks: DistributedContext
+    updates: Iterable[int], enabled: bool, run_folder: Path, ranks: DistributedContext
 ) -> Iterable[int]:
-    """The same updates; where `wanted`, rank 0 writes a trace of the 4th to 6th to RUN/profile/rank0.json.gz (one there is replaced)."""
-    if not (wanted and ranks.is_main):
+    """Yield the updates unchanged, and write a trace of the 4th to the 6th of them.
+
+    Rank 0 writes RUN/profile/rank0.json.gz and replaces an existing file.
+
+    Args:
+        updates: the numbers of the updates.
+        enabled: the value of --profile; without it nothing is recorded.
+        run_folder: the run folder, RUN.
+        ranks: the processes of the run.
+    """
+    if not (enabled and ranks.is_main):
         return updates
     return _profiled(iter(updates), run_folder / "profile" / "rank0.json.gz", ranks.device)
 
 
 def _profiled(updates: Iterator[int], path: Path, device: torch.device) -> Iterator[int]:
-    kinds = [torch.profiler.ProfilerActivity.CPU]
+    activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    schedule = torch.profiler.schedule(wait=UNPROFILED - 1, warmup=1, active=PROFILED, repeat=1)
-    made = 0
-    # A trace that has begun is written when the run ends early, too.
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    schedule = torch.profiler.schedule(
+        wait=UNPROFILED_UPDATES - 1, warmup=1, active=PROFILED_UPDATES, repeat=1
+    )
+    finished = 0
+    # The context also writes a started trace if the run ends early.
     with torch.profiler.profile(
-        activities=kinds, schedule=schedule, on_trace_ready=lambda p: _write_trace(p, path)
+        activities=activities,
+        schedule=schedule,
+        on_trace_ready=lambda profiler: _write_trace(profiler, path),
     ) as profiler:
-        for update in itertools.islice(updates, UNPROFILED + PROFILED):
+        for update in itertools.islice(updates, UNPROFILED_UPDATES + PROFILED_UPDATES):
             yield update
             profiler.step()
-            made += 1
-    if made <= UNPROFILED:
+            finished += 1
+    if finished <= UNPROFILED_UPDATES:
         logger.warning(
-            f"no profile: the run made {made} updates, and the first to be profiled is number {UNPROFILED + 1}"
+            f"no profile: the run made {finished} updates, but profiling starts with the "
+            f"{UNPROFILED_UPDATES + 1}th"
         )
     yield from updates
 
 
 def _write_trace(profiler: torch.profiler.profile, path: Path) -> None:
+    """Write a trace. A full disk must not end the training, so a failure is only a warning."""
     try:
         path.parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(path))
         logger.info(
             f"profile: {path}; open it at https://ui.perfetto.dev or in Chrome at chrome://tracing"
         )
-    except (OSError, RuntimeError) as error:  # a full disk must not end the training
+    except (OSError, RuntimeError) as error:
         logger.warning(f"{path} cannot be written ({error}): training goes on")

@@ -1,68 +1,57 @@
-"""One optimizer step: clip, check, learning rate, weight decays, step."""
+"""Parts of an update that both training loops call: learning rate and weight decays."""
 
 import time
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch.nn as nn
-from torch import Tensor
 from torch.optim import Optimizer
 
-from peft_pretraining.checkpoint.save import Checkpoints
-from peft_pretraining.optim.gradients import clip_gradients
-from peft_pretraining.optim.nonfinite import NonFiniteGuard
-from peft_pretraining.optim.optimizer import scaled_decays
 from peft_pretraining.records.run_log import RunLog
 from peft_pretraining.train.throughput import ThroughputMeter
 
 
 class WeightDecayScheduler(Protocol):
-    """AlphaDecay, or a baseline with its face."""
+    """The interface that AlphaDecay and the baselines share.
+
+    Attributes:
+        history: one record for each module and analysis, in the order of the analyses.
+    """
 
     history: list[dict]
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Whether the groups have new decays."""
+        """Count an update and set the decays of the groups. Return True if they were assigned."""
+
+    def state_dict(self) -> dict:
+        """Return everything that a resumed run needs."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
 
 
-@dataclass(frozen=True)
-class Updates:
-    """What follows an update's gradients, alike in both scripts.
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def update_weight_decays(
+    decay: WeightDecayScheduler | None,
+    optimizer: Optimizer,
+    update: int,
+    meter: ThroughputMeter,
+    log: RunLog,
+) -> None:
+    """Let the weight-decay scheduler set the decays of the parameter groups, and record them.
 
     Args:
-        decay: sets the groups' decays; None: they stay as they are.
-        greatest_norm: of all gradients together; 0: any.
+        decay: the scheduler; None leaves the decays as they are.
+        optimizer: its groups are changed.
+        update: number of the update.
+        meter: the seconds are counted as analysis.
+        log: receives the statistics of each module after an analysis.
     """
-
-    model: nn.Module
-    optimizer: Optimizer
-    decay: WeightDecayScheduler | None
-    greatest_norm: float
-    guard: NonFiniteGuard
-    checkpoints: Checkpoints
-    clock: ThroughputMeter
-    log: RunLog
-
-    def make(self, update: int, loss: Tensor, lr: float, eta: float = 1.0) -> Tensor:
-        """Clip, judge, set learning rate and decays, step. Returns the gradients' norm before it was clipped, a scalar on the device.
-
-        loss: this rank's share, a scalar on the device. eta: multiplies all decays in this update, so that their ratios stay.
-        """
-        norm = clip_gradients(self.model, self.greatest_norm)
-        self.guard.check_update(
-            update, loss, norm
-        )  # what is not finite on one rank is applied on none
-        self.checkpoints.before_update()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # Every `unbalancedWD_every` updates the weights are analysed and each group gets a new decay.
-        before = time.perf_counter()
-        rebalanced = self.decay is not None and self.decay.step(self.optimizer)
-        self.clock.analysis_took(time.perf_counter() - before, rebalanced)
-        if rebalanced:
-            self.log.modules([row for row in self.decay.history if row["step"] == update])
-        with scaled_decays(self.optimizer, eta):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.log.advance()
-        return norm
+    start = time.perf_counter()
+    assigned = decay is not None and decay.step(optimizer)
+    meter.add_analysis(time.perf_counter() - start, assigned)
+    if decay is not None and assigned:
+        log.modules([row for row in decay.history if row["step"] == update])

@@ -1,4 +1,4 @@
-"""What a training run computes in a second, beside what its devices could, and where its time goes."""
+"""Throughput and model FLOPs utilization (MFU) of a run, and where its time goes."""
 
 import contextlib
 import resource
@@ -18,167 +18,205 @@ StepType = TypeVar("StepType")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all ranks together do in an update, and could do in a second.
+class WorkPerStep:
+    """Amount of work in an update, and peak FLOP/s of all devices.
 
     Args:
-        unit: what the run counts: `tokens` (no pads) or `images`.
-        examples: rows, or images, in an update.
-        length: units in an example, pads counted.
-        flops: of training on one example, pads counted.
-        peak: operations a second of all devices; peak_source: where the number is from.
-        processes: how many devices they are.
+        item_name: what the throughput counts, `tokens` (without padding) or `images`.
+        batch_size: sequences or images in an update, over all ranks.
+        length: items in a sequence, padding included; 1 for images.
+        flops: operations of training on one sequence or image, padding included.
+        peak_flops: FLOP/s of all devices together.
+        peak_source: where that number comes from.
+        world_size: number of devices.
     """
 
-    unit: str
-    examples: int
+    item_name: str
+    batch_size: int
     length: int
     flops: int
-    peak: float
+    peak_flops: float
     peak_source: str
-    processes: int
+    world_size: int
 
     @classmethod
-    def of(
+    def measure(
         cls,
-        unit: str,
-        examples: int,
+        item_name: str,
+        batch_size: int,
         length: int,
         flops: int,
         dtype: torch.dtype,
         ranks: DistributedContext,
-    ) -> "Work":
-        """On the devices of all ranks, which call it together; dtype: of the matrix products."""
-        ranks.barrier()  # processes that share cores measure at the same time
+    ) -> "WorkPerStep":
+        """Return the work of an update on the devices of all ranks, which call this together.
+
+        Args:
+            item_name, batch_size, length, flops: see the class.
+            dtype: of the matrix products.
+            ranks: the processes of the run.
+        """
+        # Processes that share cores must measure at the same time.
+        ranks.barrier()
         peak, source = peak_flops(ranks.device, dtype)
         total = float(ranks.sum(torch.tensor(peak, dtype=torch.float64)))
         if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(
-                ranks.device
-            )  # the matrices of a measurement are not the run's
-        work = cls(unit, examples, length, flops, total, source, ranks.world_size)
+            # The matrices of the measurement do not belong to the memory of the training.
+            torch.cuda.reset_peak_memory_stats(ranks.device)
         logger.info(
-            f"{flops / length / 1e9:.3g} GFLOPs per {unit[:-1]}; peak {total / 1e12:.3g} TFLOP/s ({source})"
+            f"{flops / length / 1e9:.3g} GFLOPs per {item_name[:-1]}; "
+            f"peak {total / 1e12:.3g} TFLOP/s ({source})"
         )
-        return work
+        return cls(item_name, batch_size, length, flops, total, source, ranks.world_size)
 
     def record(self) -> dict[str, float | str]:
-        """What run.json keeps of it: the peak is that of one process, the mean of all."""
+        """Return what run.json contains of it. The peak is that of one process, the mean of all."""
         return {
-            f"flops_per_{self.unit[:-1]}": self.flops // self.length,
-            "peak_flops": self.peak / self.processes,
+            f"flops_per_{self.item_name[:-1]}": self.flops // self.length,
+            "peak_flops": self.peak_flops / self.world_size,
             "peak_source": self.peak_source,
         }
 
 
-# ------------------------------------------------------------------------------------------------------ where the time goes
+# --------------------------------------------------------------------------- where the time goes
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A clock's hands: seconds of training, updates and units that the run has made, and seconds of waiting and analysing among those."""
+class TimerState:
+    """Cumulative counters at one moment.
+
+    Args:
+        seconds: training time.
+        update: updates that the run has made.
+        items: tokens or images that it has been trained on.
+        data_wait: seconds of waiting for data, a part of the training time.
+        analysis: seconds of analyses, a part of the training time.
+    """
 
     seconds: float
     update: int
-    seen: int
-    waiting: float
-    analysing: float
+    items: int
+    data_wait: float
+    analysis: float
 
 
 class ThroughputMeter:
-    """Times the training, without evaluations and checkpoints. It never waits for the device.
+    """Measures the time of training without that of evaluations and checkpoints.
+
+    It never makes the host wait for the device.
 
     Args:
-        work: what an update is.
-        update, seen: updates and units that the run has made before.
-        device: whose memory counts.
+        work: the work of an update.
+        update: updates that the run has made before.
+        items: tokens or images that the run has been trained on before.
+        device: the device whose memory is reported.
     """
 
-    def __init__(self, work: Work, update: int, seen: int, device: torch.device):
+    def __init__(self, work: WorkPerStep, update: int, items: int, device: torch.device):
         self.work, self._device = work, device
-        self._started = time.perf_counter()  # later for each pause
-        self._waiting = self._analysing = 0.0
+        self._started = time.perf_counter()  # moves forward by the length of each excluded block
+        self._data_wait = self._analysis = 0.0
         self._analyses = 0
-        self._first = self._last = Reading(0.0, update, seen, 0.0, 0.0)
+        self._first = self._last = TimerState(0.0, update, items, 0.0, 0.0)
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Around what is no training."""
+    def exclude(self) -> Iterator[None]:
+        """Exclude the enclosed block (evaluation, checkpointing) from the training time."""
         start = time.perf_counter()
         yield
         self._started += time.perf_counter() - start
 
-    def timed(self, steps: Iterable[StepType]) -> Iterator[StepType]:
-        """The same steps: until one is there, the training waits for data."""
+    def time_data(self, steps: Iterable[StepType]) -> Iterator[StepType]:
+        """Yield the steps unchanged and record the time spent waiting for each."""
         start = time.perf_counter()
         for step in steps:
-            self._waiting += time.perf_counter() - start
+            self._data_wait += time.perf_counter() - start
             yield step
             start = time.perf_counter()
 
-    def analysis_took(self, seconds: float, rebalanced: bool) -> None:
-        """The decays' part of an update; rebalanced: whether it was an analysis."""
-        self._analysing += seconds
-        self._analyses += rebalanced
+    def add_analysis(self, seconds: float, is_analysis: bool) -> None:
+        """Add the time that the weight-decay scheduler took in an update.
 
-    def rates(self, update: int, seen: int) -> dict[str, float]:
-        """What a logged line says of the time since the one before it.
-
-        throughput_<unit>, _examples, _batches (updates) and, of text, _padded_tokens: a second; mfu: operations of all examples, pads
-        counted, over what the devices can do; useful_mfu, of text: those of real tokens; data_wait_seconds, analysis_seconds. And of this
-        process since its start: seconds of training, and peak_memory_bytes.
+        Args:
+            seconds: the time.
+            is_analysis: whether the decays were assigned anew in this update.
         """
-        now = Reading(
-            time.perf_counter() - self._started, update, seen, self._waiting, self._analysing
+        self._analysis += seconds
+        self._analyses += is_analysis
+
+    def rates(self, update: int, items: int) -> dict[str, float]:
+        """Return throughput and MFU since the previously logged update.
+
+        Args:
+            update: updates that the run has made.
+            items: tokens or images that it has been trained on.
+
+        Returns:
+            throughput_<item_name>, throughput_examples, throughput_batches (updates) and, for text,
+            throughput_padded_tokens: all per second.
+            mfu: operations on all sequences, padding included, divided by the peak.
+            useful_mfu, for text: the same without padding.
+            data_wait_seconds, analysis_seconds.
+            seconds: training time of this process since its start.
+            peak_memory_bytes: of this process since its start.
+        """
+        now = TimerState(
+            time.perf_counter() - self._started, update, items, self._data_wait, self._analysis
         )
-        before, self._last = self._last, now
-        speeds, utilisation = self._speeds(before, now)
+        previous, self._last = self._last, now
+        speeds, utilization = self._speeds(previous, now)
         return {
             **{f"throughput_{name}": speed for name, speed in speeds.items()},
-            **utilisation,
-            "data_wait_seconds": now.waiting - before.waiting,
-            "analysis_seconds": now.analysing - before.analysing,
+            **utilization,
+            "data_wait_seconds": now.data_wait - previous.data_wait,
+            "analysis_seconds": now.analysis - previous.analysis,
             "seconds": now.seconds,
             "peak_memory_bytes": peak_memory(self._device),
         }
 
     def summary(self) -> dict[str, float]:
-        """The same of this process up to the line logged last, with shares of its time."""
+        """Return the same numbers of this process up to the last logged update, and time shares."""
         seconds = max(self._last.seconds, 1e-9)
-        speeds, utilisation = self._speeds(self._first, self._last)
+        speeds, utilization = self._speeds(self._first, self._last)
         return {
             "train_seconds": seconds,
             **{f"{name}_per_second": speed for name, speed in speeds.items()},
-            **utilisation,
-            "data_wait_seconds": self._last.waiting,
-            "data_wait_share": self._last.waiting / seconds,
+            **utilization,
+            "data_wait_seconds": self._last.data_wait,
+            "data_wait_share": self._last.data_wait / seconds,
             "analyses": self._analyses,
-            "analysis_seconds": self._last.analysing,
-            "analysis_share": self._last.analysing / seconds,
+            "analysis_seconds": self._last.analysis,
+            "analysis_share": self._last.analysis / seconds,
             "peak_memory_bytes": peak_memory(self._device),
         }
 
-    def _speeds(self, before: Reading, now: Reading) -> tuple[dict[str, float], dict[str, float]]:
-        """Units, examples and updates a second, and shares of the peak."""
-        work, seconds = self.work, max(now.seconds - before.seconds, 1e-9)
-        updates, units = now.update - before.update, now.seen - before.seen
-        examples = updates * work.examples
+    def _speeds(
+        self, start: TimerState, end: TimerState
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Return items, examples and updates per second, and the shares of the peak."""
+        work, seconds = self.work, max(end.seconds - start.seconds, 1e-9)
+        updates, items = end.update - start.update, end.items - start.items
+        examples = updates * work.batch_size
         speeds = {
-            work.unit: units / seconds,
+            work.item_name: items / seconds,
             "examples": examples / seconds,
             "batches": updates / seconds,
         }
-        utilisation = {"mfu": examples * work.flops / seconds / work.peak}
-        if work.length > 1:  # an image has no pads
+        utilization = {"mfu": examples * work.flops / seconds / work.peak_flops}
+        if work.length > 1:  # only sequences have padding
             padded = examples * work.length
-            speeds[f"padded_{work.unit}"] = padded / seconds
-            utilisation["useful_mfu"] = utilisation["mfu"] * units / max(padded, 1)
-        return speeds, utilisation
+            speeds[f"padded_{work.item_name}"] = padded / seconds
+            utilization["useful_mfu"] = utilization["mfu"] * items / max(padded, 1)
+        return speeds, utilization
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had at a time since its start: allocated on a GPU by torch, else resident."""
+    """Return the peak memory of this process since its start in bytes.
+
+    It is what torch allocated on a GPU, or the resident memory of the process on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # see getrusage's manual of either system
+    # getrusage reports bytes on macOS and KiB on Linux.
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

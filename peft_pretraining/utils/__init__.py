@@ -1,1 +1,1 @@
-"""Files and folders. Imports only the errors."""
+"""Files, folders, locks and the cache folder. May import constants and errors."""

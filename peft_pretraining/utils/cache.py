@@ -1,4 +1,4 @@
-"""The folder for cached files."""
+"""Find the folder for cached files."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from pathlib import Path
 from peft_pretraining.errors import UserError
 
 
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder for everything that can be made again.
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder for cached files, made if it does not exist.
 
-    That is `cache_dir`, or else `$ALPHADECAY_CACHE`, `$XDG_CACHE_HOME/alphadecay` or `~/.cache/alphadecay`.
-    Raises UserError where it cannot be made or written to.
+    Everything in it can be made again.
+
+    Args:
+        cache_dir: The folder. None: `$ALPHADECAY_CACHE`, else `$XDG_CACHE_HOME/alphadecay`, else
+            `~/.cache/alphadecay`.
+
+    Raises:
+        UserError: The folder cannot be made or cannot be written to.
     """
-    named = cache_dir or os.environ.get("ALPHADECAY_CACHE")
-    folder = (
-        Path(named)
-        if named
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphadecay"
-    )
+    given = cache_dir or os.environ.get("ALPHADECAY_CACHE")
+    if given:
+        folder = Path(given)
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphadecay"
+    remedy = "set ALPHADECAY_CACHE to another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"The cache folder {folder} cannot be made ({error.strerror}); set ALPHADECAY_CACHE to another folder."
+            f"The cache folder {folder} cannot be made ({error.strerror}); {remedy}."
         ) from error
     if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"The cache folder {folder} cannot be written to; set ALPHADECAY_CACHE to another folder."
-        )
+        raise UserError(f"The cache folder {folder} cannot be written to; {remedy}.")
     return folder

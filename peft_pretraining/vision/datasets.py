@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-DATA_SETS = ("IMNET", "image_folder", "CIFAR", "digits")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS_VALIDATION_SIZE = 360  # of 1,797 images: a fifth
 

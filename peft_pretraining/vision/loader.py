@@ -14,8 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from peft_pretraining.data.shuffle import RowOrder
-from peft_pretraining.data.workers import loaded
+from peft_pretraining.data.shuffle import ShuffledIndices
+from peft_pretraining.data.workers import iterate_loader
 from peft_pretraining.errors import UserError
 from peft_pretraining.vision.datasets import ArrayImages, FolderImages
 from peft_pretraining.vision.seeding import AUGMENTATION, seed_everything
@@ -129,7 +129,7 @@ class MicroBatches:
         world_size: number of ranks.
     """
 
-    order: RowOrder
+    order: ShuffledIndices
     update: int
     total_batch_size: int
     batch_size: int
@@ -172,7 +172,7 @@ def training_steps(
     Raises:
         UserError: if an image cannot be read.
     """
-    order = RowOrder(samples.seed, len(samples.images))
+    order = ShuffledIndices(samples.seed, len(samples.images))
     micro_batches = MicroBatches(order, update, total_batch_size, batch_size, rank, world_size)
     batches = _load_batches(samples, micro_batches, workers, pin_memory, "training images")
     while True:
@@ -211,7 +211,7 @@ def _load_batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise torch draws from the global generator
     )
-    for batch in loaded(loader, content, "--num_workers"):
+    for batch in iterate_loader(loader, content, "--num_workers"):
         if isinstance(batch, UserError):
             raise batch
         for message in batch.pop("bad"):

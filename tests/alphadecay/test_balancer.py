@@ -249,8 +249,8 @@ def test_gradnorm_needs_no_eigenvalue(monkeypatch):
     def forbidden(*arguments):
         raise AssertionError("a spectrum was looked at")
 
-    monkeypatch.setattr("alphadecay.engine.prepare", forbidden)
-    monkeypatch.setattr("alphadecay.spectra.prepare", forbidden)
+    monkeypatch.setattr("alphadecay.spectral.engine.prepare", forbidden)
+    monkeypatch.setattr("alphadecay.spectral.eigenvalues.prepare", forbidden)
     model = small_model()
     decay = AlphaDecay(model, 0.1, every=1, metric="gradnorm")
     assert [r["gradnorm"] for r in decay.history] == [10.0] * 3

@@ -295,7 +295,8 @@ def test_nothing_moves_in_an_update_that_is_left_out(optimizer_name, kind, bad):
     optimizer = build_optimizer(optimizer_name, groups, 1e-2)
     if kind == "cautious":
         install_decay_hooks(optimizer, PEAK, cautious=True)
-    guard = NonFiniteGuard(optimizer, DistributedContext(0, 0, 1, torch.device("cpu")), most=3)
+    ranks = DistributedContext(0, 0, 1, torch.device("cpu"))
+    guard = NonFiniteGuard(optimizer, ranks, max_consecutive_skips=3)
     history = []
     for update in range(1, 4):
         ids = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(update))

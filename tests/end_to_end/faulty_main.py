@@ -133,4 +133,4 @@ if __name__ == "__main__":
     script.forward_backward = forward_backward_with_faults
     script.build_model = build_model_with_faults
     script.build_optimizer = build_optimizer_with_trace
-    sys.exit(run_script(script.main))
+    sys.exit(run_script(lambda: script.main(script.parse_arguments())))

@@ -29,7 +29,7 @@ def flags(folder, *more):
 def sentence(monkeypatch, capfd, arguments):
     """The one sentence that the script ends with."""
     monkeypatch.setattr("sys.argv", ["torchrun_main.py", *arguments])
-    assert run_script(torchrun_main.main) == 2
+    assert run_script(lambda: torchrun_main.main(torchrun_main.parse_arguments())) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     return lines[0]

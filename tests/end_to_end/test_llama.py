@@ -22,11 +22,11 @@ PUBLISHED_METHOD = (
 )
 
 
-def test_the_readme_prints_the_reference_command():
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_shows_the_reference_command():
+    text = (ROOT / "docs/pretrain_llama.md").read_text()
     commands = [
         " ".join(block.replace("\\\n", " ").split())
-        for block in re.findall(r"```bash\n(.*?)```", readme, re.S)
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
     ]
     assert any(REFERENCE_COMMAND in command for command in commands)
 
@@ -100,7 +100,7 @@ def test_a_finished_run_is_evaluated_on_other_text(
             "own",
         ],
     )
-    evaluate_checkpoint.main()
+    evaluate_checkpoint.main(evaluate_checkpoint.parse_arguments())
     (record,) = read_lines(folder / "evaluations.jsonl")
     final = read_lines(folder / "metrics.jsonl")[-1]
     assert record["checkpoint"] == "model_20" and record["eval_tokens"] == final["eval_tokens"] > 0
@@ -108,7 +108,7 @@ def test_a_finished_run_is_evaluated_on_other_text(
         final["eval_loss"], rel=1e-5
     )  # in batches of other shapes
     monkeypatch.setattr(evaluate_checkpoint, "evaluate", None)
-    evaluate_checkpoint.main()
+    evaluate_checkpoint.main(evaluate_checkpoint.parse_arguments())
     assert (
         len(read_lines(folder / "evaluations.jsonl")) == 1
         and capsys.readouterr().out.count("on own: loss") == 2

@@ -43,11 +43,11 @@ def resumed(inputs, name, **changes):
     return comparable(inputs / name)
 
 
-def test_the_readme_prints_the_reference_command():
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_shows_the_reference_command():
+    text = (ROOT / "docs/pretrain_vit.md").read_text()
     commands = [
         " ".join(block.replace("\\\n", " ").split())
-        for block in re.findall(r"```bash\n(.*?)```", readme, re.S)
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
     ]
     assert any(VIT_COMMAND in command for command in commands)
 

@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_report import ETA, LLAMA_TYPES, evaluation, history, llama_modules, write_run
 
 from alphadecay import eigenvalues, fit_power_law
-from peft_pretraining import report
 from peft_pretraining.errors import UserError
-from scripts import figures
+from peft_pretraining.records import reader as report
+from peft_pretraining.report import plots
+from scripts.paper import figures
+from tests.support.run_folders import (
+    ETA,
+    LLAMA_TYPES,
+    evaluation,
+    history,
+    llama_modules,
+    write_run,
+)
 
 ORDER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLAGS = ("use_modulewise_wd", "use_AWD_NeurIPS2023", "use_AdaDecay", "one_shot", "shuffle_decays", "type_constant", "iso_budget", "adamc",
@@ -135,7 +143,7 @@ def test_command_draws_every_figure_and_prints_its_path(kind, tmp_path, monkeypa
     assert contents[0] == contents[-1]
     if kind == "svg":
         assert all(b'width="244.8pt"' in text or b'width="504pt"' in text for text in contents[0])
-        assert not any(report.FOREGROUND.encode() in text or b"\\" in text for text in contents[0])
+        assert not any(plots.FOREGROUND.encode() in text or b"\\" in text for text in contents[0])
 
 
 def test_alphas_are_means_over_modules_then_seeds(tmp_path):
@@ -381,7 +389,7 @@ def test_numbers_on_axes():
 
 def test_imports_without_matplotlib():
     check = "import sys, scripts.figures; print('matplotlib' in sys.modules)"
-    root = Path(figures.__file__).resolve().parents[1]
+    root = Path(figures.__file__).resolve().parents[2]
     assert (
         subprocess.run(
             [sys.executable, "-c", check], cwd=root, capture_output=True, text=True

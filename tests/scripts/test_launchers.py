@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from peft_pretraining import distributed
+from peft_pretraining.parallel import rendezvous
 from tests.end_to_end.common import (
     FAULTY,
     ROOT,
@@ -114,14 +114,14 @@ def test_what_is_missing_is_refused_in_a_sentence(words, names):
 
 def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
     """Whoever comes first, no rank takes a question or an answer of an earlier life, or what was written in it, for one of its own."""
-    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=20))
+    monkeypatch.setattr(rendezvous, "INIT_TIMEOUT", timedelta(seconds=20))
     store = dist.HashStore()
     with ThreadPoolExecutor() as threads:
         for life, order in enumerate([(0, 2, 1), (0, 2, 1), (1, 2, 0)]):
-            first = threads.submit(distributed.new_store_namespace, store, order[0], 3)
+            first = threads.submit(rendezvous.new_store_namespace, store, order[0], 3)
             time.sleep(0.05)  # rank 0 has answered the dead
             others = [
-                threads.submit(distributed.new_store_namespace, store, rank, 3)
+                threads.submit(rendezvous.new_store_namespace, store, rank, 3)
                 for rank in order[1:]
             ]
             parts = [part.result() for part in (first, *others)]

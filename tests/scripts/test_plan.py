@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path("scripts").resolve()))
-import plan as planner  # noqa: E402
-
-from peft_pretraining.model.modeling_llama import Block, load_config, rotation_of_positions  # noqa: E402
+from peft_pretraining.model.modeling_llama import Block, load_config, rotary_cos_sin  # noqa: E402
+from scripts.cluster import plan as planner
 
 LAYERS, D, F, V = 12, 768, 2048, 32000  # llama_130m
 BLOCK = 4 * D * D + 3 * D * F + 2 * D
@@ -79,7 +77,7 @@ def test_activations_are_what_autograd_keeps(dtype):
     x = torch.randn(
         2, 64, config.hidden_size, dtype=next(block.parameters()).dtype, requires_grad=True
     )
-    rotation = rotation_of_positions(64, config.head_dim, 1e4, x.device, x.dtype)
+    rotation = rotary_cos_sin(64, config.head_dim, 1e4, x.device, x.dtype)
     kept = {}
 
     def keep(tensor):
@@ -255,14 +253,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ]
 
 
-def test_the_readme_shows_what_is_printed(monkeypatch, capsys):
-    command = re.search(
-        r"`python scripts/(plan\.py --configs .*?)`", Path("README.md").read_text()
-    ).group(1)
-    monkeypatch.setattr(sys, "argv", command.split())
+def test_the_documentation_shows_what_is_printed(monkeypatch, capsys):
+    text = Path("docs/many_gpus.md").read_text()
+    command = re.search(r"python scripts/cluster/(plan\.py .*?)```", text, re.S)[1]
+    monkeypatch.setattr(sys, "argv", command.replace("\\\n", " ").split())
     planner.main()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(printed) == 10 and set(printed) <= set(Path("README.md").read_text().splitlines())
+    assert len(printed) == 10 and "\n".join(printed) in text
 
 
 def test_wrong_flags_are_refused_in_a_sentence(monkeypatch):

@@ -18,7 +18,7 @@ from alphadecay.cli.presets import parse_arguments
 from peft_pretraining.cli.llama import complete, llama_parser
 from peft_pretraining.cli.vit import vit_parser
 from peft_pretraining.errors import UserError
-from scripts import table
+from scripts.paper import table
 from scripts.paper.published import TABLES
 from scripts.pool import Pool
 from tests.support import fork_server

@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # What the scripts import first, and what they import later on.
 IMPORTED = (
-    "torch.distributed.run", "torch._dynamo", "torchrun_main", "main_vit", "peft_pretraining.report",
+    "torch.distributed.run", "torch._dynamo", "torchrun_main", "main_vit", "peft_pretraining.report.html",
     "tokenizers.processors", "transformers.tokenization_utils_tokenizers", "transformers.models.llama.modeling_llama",
     "torchvision.datasets", "timm.data", "wandb", "matplotlib.figure", "matplotlib.backends.backend_svg",
 )  # fmt: skip

@@ -1,18 +1,20 @@
-"""Run folders with made-up records, for tests of reports, figures and tables."""
-
-from __future__ import annotations
+"""Made-up runs of all kinds, and a parser that checks the pages of the report."""
 
 import json
 import math
+import re
+from html.parser import HTMLParser
 
 import numpy as np
+
+from peft_pretraining.report.plots import BACKGROUND, FOREGROUND
 
 LLAMA_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 ETA = 1e-5
 
 
 def llama_modules(blocks):
-    """Return (module, type, block) of a LLaMA's Linears, in the order of named_modules()."""
+    """Return (module, type, block) of a LLaMA, in the order of named_modules()."""
     owner = {kind: "self_attn" if kind in LLAMA_TYPES[:4] else "mlp" for kind in LLAMA_TYPES}
     return [
         (f"model.layers.{b}.{owner[kind]}.{kind}", kind, f"model.layers.{b}")
@@ -24,7 +26,7 @@ def llama_modules(blocks):
 def resnet_modules():
     """Return (module, type, block) with the names of a ResNet and a ViT.
 
-    A stem and a head lie outside the blocks, and not every block has every type.
+    A stem and a head are outside of the blocks, and not every block has every type.
     """
     names = [("conv1", "conv1", None)]
     for stage in range(1, 5):
@@ -41,10 +43,9 @@ def resnet_modules():
 
 
 def history(modules, steps, last, seed=0):
-    """Return lines of modules.jsonl.
+    """Return records of modules.jsonl. The first module is not balanced.
 
-    The alphas start near that of a Gaussian matrix and spread during training. The first module is
-    not balanced.
+    The alphas start near those of Gaussian matrices and separate during training.
     """
     rng = np.random.default_rng(seed)
     kinds = list(dict.fromkeys(kind for _, kind, _ in modules))
@@ -62,34 +63,52 @@ def history(modules, steps, last, seed=0):
         alpha = start + learnt * (end - start) + rng.normal(0, 0.015, len(modules))
         decay = ETA * (0.6666 + (alpha - alpha.min()) / (np.ptp(alpha) or 1) * (3 - 0.6666))
         for i, (name, kind, block) in enumerate(modules):
-            line = {"step": step, "module": name, "type": kind, "block": block, "balanced": i > 0}
-            line |= {"alpha": float(alpha[i]), "D": 0.05, "spectral_norm": 3.1}
-            line |= {"score": float(alpha[i]), "weight_decay": float(decay[i]) if i else ETA}
-            lines.append(line | {"reason": None})
+            lines.append(
+                {
+                    "step": step,
+                    "module": name,
+                    "type": kind,
+                    "block": block,
+                    "balanced": i > 0,
+                    "alpha": float(alpha[i]),
+                    "D": 0.05,
+                    "spectral_norm": 3.1,
+                    "score": float(alpha[i]),
+                    "weight_decay": float(decay[i]) if i else ETA,
+                    "reason": None,
+                }
+            )
     return lines
 
 
 def metrics(steps, log_every, eval_every, floor=3.3, seed=0, tokens=131072, mean_decay=1.4 * ETA):
-    """Return lines of metrics.jsonl of a finished run.
+    """Return records of metrics.jsonl of a finished run, with a final evaluation.
 
-    The loss falls as a noisy power law, the learning rate has warm-up and cosine decay, and the
-    last line is a final evaluation.
+    The loss is a noisy power law; the learning rate has a warm-up and a cosine schedule.
     """
     rng, lines = np.random.default_rng(seed), []
     for step in range(log_every, steps + 1, log_every):
         true = floor + 7 * (1 + step / (0.004 * steps)) ** -0.6
         rate = 1e-3 * min(step / (0.1 * steps), 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-        line = {"update_step": step, "loss": true + rng.normal(0, 0.05), "lr": rate}
-        line |= {"weight_decay": mean_decay, "tokens_seen": step * tokens}
-        line |= {"throughput_tokens": 5000 + rng.normal(0, 50), "grad_norm": 0.7}
-        lines.append(line | {"seconds": step * 26.0})
+        lines.append(
+            {
+                "update_step": step,
+                "loss": true + rng.normal(0, 0.05),
+                "lr": rate,
+                "weight_decay": mean_decay,
+                "tokens_seen": step * tokens,
+                "throughput_tokens": 5000 + rng.normal(0, 50),
+                "grad_norm": 0.7,
+                "seconds": step * 26.0,
+            }
+        )
         if step % eval_every == 0 or step == steps:
             lines.append(evaluation(step, true + 0.02, final=step == steps))
     return lines
 
 
 def evaluation(step, loss, final):
-    """Return a line of metrics.jsonl with an evaluation over 100 batches."""
+    """Return the record of an evaluation over 100 batches."""
     return {
         "update_step": step,
         "eval_loss": loss,
@@ -102,20 +121,20 @@ def evaluation(step, loss, final):
 
 
 def write_run(folder, name, lines, modules=(), arguments=None, summary=True):
-    """Write run.json, metrics.jsonl and modules.jsonl, and return the folder."""
+    """Write the three files of a run and return its folder."""
     folder.mkdir(parents=True)
-    defaults = {
-        "model_config": "configs/llama_9m.json",
-        "optimizer": "adam",
-        "weight_decay": ETA,
-        "wd_min_ratio": 0.6666,
-        "wd_max_ratio": 3,
-        "esd_metric_for_tb": "alpha",
-        "assign_func": "tb_linear_map",
-    }
     info = {
         "name": name,
-        "arguments": defaults | (arguments or {}),
+        "arguments": {
+            "model_config": "configs/llama_9m.json",
+            "optimizer": "adam",
+            "weight_decay": ETA,
+            "wd_min_ratio": 0.6666,
+            "wd_max_ratio": 3,
+            "esd_metric_for_tb": "alpha",
+            "assign_func": "tb_linear_map",
+            **(arguments or {}),
+        },
         "model_config": {"hidden_size": 128, "model_type": "llama"},
         "versions": {"torch": "2.9.0"},
         "device": "cpu",
@@ -135,3 +154,140 @@ def write_run(folder, name, lines, modules=(), arguments=None, summary=True):
     if modules:
         (folder / "modules.jsonl").write_text("".join(json.dumps(line) + "\n" for line in modules))
     return folder
+
+
+def small_run(folder, name="llama 9m"):
+    """Write a run of 4 blocks and 1000 updates, with an analysis every 50."""
+    return write_run(
+        folder, name, metrics(1000, 10, 100), history(llama_modules(4), range(0, 1001, 50), 1000)
+    )
+
+
+def tiny_run(folder, name="tiny"):
+    """Write a run of 1 block and 100 updates, with one analysis, which is drawn quickly."""
+    return write_run(folder, name, metrics(100, 20, 50), history(llama_modules(1), [0], 100))
+
+
+def nulls_and_flags(folder):
+    """Write a run with undefined alphas and their reasons, missing fields, and a NaN loss."""
+    modules = history(llama_modules(4), range(0, 1001, 100), 1000)
+    for i, line in enumerate(modules):
+        if line["module"].endswith("2.self_attn.k_proj") or i % 23 == 5:
+            line.update(
+                alpha=None,
+                D=None,
+                score=None,
+                weight_decay=ETA,
+                reason="spectrum is <degenerate> & flat",
+            )
+        if i % 31 == 7:
+            del line["D"], line["spectral_norm"]
+    lines = metrics(1000, 10, 100)
+    lines[50]["loss"] = None
+    lines[53]["loss"] = math.nan
+    return write_run(folder, "flagged", lines, modules)
+
+
+def large_run(folder):
+    """Write a run of 24 blocks, 168 modules and 60,000 updates, with an analysis every 500."""
+    return write_run(
+        folder,
+        "llama 350m",
+        metrics(60000, 20, 1000),
+        history(llama_modules(24), range(0, 60001, 500), 60000),
+    )
+
+
+def gradnorm_run(folder):
+    """Write a run whose score is the norm of the gradient, without any alpha."""
+    modules = history(llama_modules(4), range(0, 1001, 100), 1000)
+    for line in modules:
+        line.update(alpha=None, score=line["score"] / 10)
+    return write_run(
+        folder, "by gradient", metrics(1000, 10, 100), modules, {"esd_metric_for_tb": "gradnorm"}
+    )
+
+
+def resnet_run(folder):
+    modules = history(resnet_modules(), range(0, 501, 50), 500)
+    return write_run(folder, "resnet", metrics(500, 10, 100), modules)
+
+
+def uniform_run(folder):
+    lines = metrics(1000, 10, 100, floor=3.4, seed=1, mean_decay=ETA)
+    return write_run(folder, "uniform", lines)
+
+
+def one_evaluation_run(folder):
+    modules = history(llama_modules(4), [0], 3)
+    return write_run(folder, "one", [evaluation(3, 9.5, True)], modules, summary=False)
+
+
+def one_line_run(folder):
+    modules = history(llama_modules(4), [0], 3)
+    return write_run(folder, "line", metrics(10, 10, 99)[:1], modules, summary=False)
+
+
+def one_module_run(folder):
+    modules = [line | {"balanced": True} for line in history(llama_modules(1)[:1], [0, 10], 20)]
+    return write_run(folder, "tiny", metrics(20, 10, 10), modules)
+
+
+RUNS = {
+    # Name: (function that writes it, number of figures on the page)
+    "small": (small_run, 5),
+    "large": (large_run, 5),
+    "resnet": (resnet_run, 5),
+    "uniform": (uniform_run, 1),
+    "flagged": (nulls_and_flags, 5),
+    "gradnorm": (gradnorm_run, 5),
+    "one evaluation": (one_evaluation_run, 4),
+    "one line": (one_line_run, 4),
+    "one module": (one_module_run, 5),
+}
+
+
+class WellFormed(HTMLParser):
+    """Checks that tags are closed in order, and collects ids, references and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.references, self.words = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.note(attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        self.note(attributes)
+
+    def note(self, attributes):
+        for key, value in attributes:
+            self.ids += [value] if key == "id" else []
+            self.references += re.findall(r"url\(#([^)]+)\)", value or "") + (
+                [value[1:]] if key.endswith("href") else []
+            )
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def parsed(path):
+    """Return source and text of a page, after checks that hold for every page.
+
+    Tags are closed, ids are unique, references exist, and nothing is fetched from elsewhere.
+    """
+    text = path.read_text(encoding="utf-8")
+    reader = WellFormed()
+    reader.feed(text)
+    assert not reader.open
+    assert len(reader.ids) == len(set(reader.ids))
+    assert set(reader.references) <= set(reader.ids)
+    assert "<script" not in text and "<image" not in text and "@import" not in text
+    assert re.findall(r'https?://(?!www\.w3\.org/)[^"\s<]+', text) == []
+    assert FOREGROUND not in text and BACKGROUND not in text
+    return text, " ".join(" ".join(reader.words).split())

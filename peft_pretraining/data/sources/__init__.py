@@ -1,1 +1,1 @@
-"""Sources of documents: C4, local files, docstrings of installed packages."""
+"""Sources of documents, and their split into training and validation. May import `utils`."""

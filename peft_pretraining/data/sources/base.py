@@ -1,4 +1,4 @@
-"""What a source of documents is."""
+"""The data type of a source of documents."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from dataclasses import dataclass
 class Source:
     """Where documents come from.
 
-    `train` and `validation` are re-iterable (`validation` is None where the source has no split of its own). `streamed` says
-    that the corpus is read while training rather than tokenised beforehand. `signature` is (name, bytes) of every file, equal
-    on every machine that has the same files; `stamp` adds paths and times and identifies the files on this machine.
+    A document is a string. `train` and `validation` can be iterated over again from the start, give
+    the same order each time and on each machine, and can be pickled, so that a data-loading process
+    can read them by itself.
+
+    Attributes:
+        name: The name by which the user called it.
+        train: The training documents.
+        validation: The validation documents. None: the source has no split of its own.
+        streamed: The documents are read while training instead of being tokenized beforehand.
+        signature: (name, bytes) of each file; equal on all machines that have the same files.
+        file_identity: (path, bytes, ...) of each file, with its modification time; identifies the
+            files on this machine.
     """
 
     name: str
@@ -20,4 +29,4 @@ class Source:
     validation: Iterable[str] | None
     streamed: bool
     signature: tuple
-    stamp: tuple
+    file_identity: tuple

@@ -1,8 +1,6 @@
-"""Documents: where the text of a run comes from, and which of it is held out for validation.
+"""Documents from local files: JSON lines, plain text and Parquet, also compressed.
 
-A source is a pair of iterables of strings, one string a document. Every iterable here can be read again from its start,
-gives the same order each time and on each machine, and can be pickled, so that a data-loading process can read it for itself.
-The corpora can also be read shard by shard from any document on (`shards.Shards`).
+The files can also be read shard by shard, from any document on (see `shards.Shards`).
 """
 
 from __future__ import annotations
@@ -17,28 +15,31 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.files import reason_of
 
-C4 = "allenai/c4"
 TEXT_ENDINGS = tuple(
-    kind + packing for kind in (".jsonl", ".json", ".txt") for packing in ("", ".gz", ".xz", ".zst")
+    kind + compression
+    for kind in (".jsonl", ".json", ".txt")
+    for compression in ("", ".gz", ".xz", ".zst")
 )
 ENDINGS = (*TEXT_ENDINGS, ".parquet")
-SHARD_BYTES = (
-    2**26
-)  # of uncompressed JSON lines: a second's reading, which is the most that a continued run skips in each
+# Bytes of uncompressed JSON lines in a shard, at most. A resumed run has to skip up to one shard in
+# each substream; reading this much takes about a second.
+SHARD_BYTES = 2**26
 
-
-# ---------------------------------------------------------------------------------------------------------------- local files
+ByteRange = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class FileDocuments:
-    """The documents of some files, in the order of the files and of the documents in them; blank documents are left out.
+    """The documents of some files, in the order of the files. Blank documents are left out.
 
-    Each file is a shard, and so is each piece of at most `SHARD_BYTES` of an uncompressed .jsonl (or .json).
+    Each file is a shard. An uncompressed .jsonl (or .json) file that is larger than `SHARD_BYTES`
+    is split into several shards.
     """
 
     files: tuple[Path, ...]
@@ -50,23 +51,26 @@ class FileDocuments:
 
     @property
     def n_shards(self) -> int:
+        """Number of shards."""
         return len(self._shards)
 
     def read(self, shard: int, skip: int) -> Iterator[str]:
-        return itertools.islice(
-            (text for text in read_file(*self._shards[shard]) if text.strip()), skip, None
-        )
+        """Yield the documents of one shard without the first `skip`."""
+        path, byte_range = self._shards[shard]
+        documents = (text for text in read_file(path, byte_range) if text.strip())
+        return itertools.islice(documents, skip, None)
 
     @functools.cached_property
-    def _shards(self) -> list[tuple[Path, tuple[int, int] | None]]:
-        return [(path, part) for path in self.files for part in _parts(path)]
+    def _shards(self) -> list[tuple[Path, ByteRange | None]]:
+        return [(path, byte_range) for path in self.files for byte_range in _byte_ranges(path)]
 
 
-def _parts(path: Path) -> list[tuple[int, int] | None]:
-    """The pieces in which a file is read: byte ranges, None for the whole.
+def _byte_ranges(path: Path) -> list[ByteRange | None]:
+    """Return the ranges of bytes in which a file is read; None is the whole file.
 
-    Their number is a power of two, as batch sizes are: the lanes of a stream then get equally many of equal size, so that none
-    runs out of data, and sees it again, before the others do.
+    Their number is a power of two, as batch sizes are. All substreams of a stream then get the same
+    number of ranges of the same size, so that none of them reaches its end, and repeats data,
+    before the others do.
     """
     size = path.stat().st_size
     count = 1 << (max(-(-size // SHARD_BYTES), 1) - 1).bit_length()
@@ -76,9 +80,15 @@ def _parts(path: Path) -> list[tuple[int, int] | None]:
 
 
 def open_files(path: Path, option: str = "--dataset") -> Source:
-    """A file or folder as a source; a folder's own `train/` and `validation/` (or `val/`) subfolders are its split.
+    """Return a file or folder as a source.
 
-    Raises UserError where there is no readable file or no document; `option` is the flag that the message names.
+    Args:
+        path: A file or a folder. If the folder contains `train/` and `validation/` (or `val/`),
+            these are its split.
+        option: The command-line flag that error messages name.
+
+    Raises:
+        UserError: There is no readable file, or no document.
     """
     train, validation = path, None
     if path.is_dir() and (path / "train").is_dir():
@@ -95,21 +105,45 @@ def open_files(path: Path, option: str = "--dataset") -> Source:
             )
     files = documents.files + (held_out.files if held_out else ())
     root = path if path.is_dir() else path.parent
-    signature = tuple((file.relative_to(root).as_posix(), file.stat().st_size) for file in files)
-    stamp = tuple(
+    return Source(
+        str(path),
+        documents,
+        held_out,
+        streamed=False,
+        signature=signature_of(files, root),
+        file_identity=identity_of(files),
+    )
+
+
+def signature_of(files: tuple[Path, ...] | list[Path], root: Path) -> tuple:
+    """Return (name relative to `root`, bytes) of each file: equal on all machines."""
+    return tuple((file.relative_to(root).as_posix(), file.stat().st_size) for file in files)
+
+
+def identity_of(files: tuple[Path, ...] | list[Path]) -> tuple:
+    """Return (absolute path, bytes, modification time) of each file on this machine."""
+    return tuple(
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files
     )
-    return Source(str(path), documents, held_out, streamed=False, signature=signature, stamp=stamp)
 
 
 def find_files(path: Path, option: str = "--dataset") -> tuple[Path, ...]:
-    """`path` itself, or the readable files anywhere below it sorted by relative name. UserError where there is none."""
+    """Return the readable files in a folder and its sub-folders, sorted by relative name.
+
+    Args:
+        path: A folder, or a file, which is then returned itself.
+        option: The command-line flag that error messages name.
+
+    Raises:
+        UserError: There is no readable file.
+    """
     if not path.exists():
         raise UserError(f"{option} {path}: there is no such file or folder; give an existing one.")
+    known = ", ".join(ENDINGS)
     if path.is_file():
         if not path.name.endswith(ENDINGS):
             raise UserError(
-                f"{option} {path}: this kind of file is not known; give a file ending in {', '.join(ENDINGS)}."
+                f"{option} {path}: this kind of file is not known; give a file ending in {known}."
             )
         return (path,)
     relative = (
@@ -117,43 +151,52 @@ def find_files(path: Path, option: str = "--dataset") -> tuple[Path, ...]:
         for file in path.rglob("*")
         if file.is_file() and file.name.endswith(ENDINGS)
     )
-    # Hidden files and folders are other programs' notes (.ipynb_checkpoints, ._copies), not corpus.
+    # Hidden files and folders belong to other programs (.ipynb_checkpoints, ._copies).
     found = sorted(
         (file for file in relative if not any(part.startswith(".") for part in file.parts)),
         key=lambda file: file.as_posix(),
     )
     if not found:
         raise UserError(
-            f"{option} {path}: the folder holds no readable file; put files ending in {', '.join(ENDINGS)} there."
+            f"{option} {path}: the folder holds no readable file; put files ending in {known} "
+            "there."
         )
     return tuple(path / file for file in found)
 
 
-def read_file(path: Path, part: tuple[int, int] | None = None) -> Iterator[str]:
-    """The documents of one file: `text` of each record, or the blocks between blank lines of a .txt (its lines where it has no blank line).
+def read_file(path: Path, byte_range: ByteRange | None = None) -> Iterator[str]:
+    """Yield the documents of one file.
 
-    `part`: of uncompressed JSON lines only those that begin in these bytes [from, to).
-    Raises UserError with the file and the line (row) number for a bad record, with the file for broken compression or encoding.
+    These are the field `text` of each JSON line or Parquet row. In a .txt file documents are
+    separated by blank lines; if it has none, each line is a document.
+
+    Args:
+        path: The file.
+        byte_range: Of uncompressed JSON lines, read only those that begin in these bytes
+            [start, stop). None: read all.
+
+    Raises:
+        UserError: A record is malformed (names the file and the line), or the file's compression or
+            encoding is broken.
     """
     if path.name.endswith(".parquet"):
         texts = _parquet_texts(path)
     elif path.name.removesuffix(path.suffix).endswith(".txt") or path.suffix == ".txt":
         texts = _plain_texts(path)
     else:
-        texts = _json_texts(path, part)
+        texts = _json_texts(path, byte_range)
     try:
         yield from texts
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} cannot be read to its end ({reason}): it is broken or cut short; fetch it again."
+            f"{path} cannot be read to its end ({reason_of(error)}): it is broken or cut short; "
+            "fetch it again."
         ) from error
 
 
-def _open_text(path: Path) -> io.TextIOBase:
-    encoding = (
-        "utf-8-sig"  # reads plain UTF-8 as well, and drops the mark that some editors put first
-    )
+def _open_text(path: Path) -> IO[str]:
+    # Reads plain UTF-8 as well, and drops the byte order mark that some editors put first.
+    encoding = "utf-8-sig"
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding=encoding)
     if path.suffix == ".xz":
@@ -161,7 +204,8 @@ def _open_text(path: Path) -> io.TextIOBase:
     if path.suffix == ".zst":
         import pyarrow
 
-        # Not zstandard's reader: that one takes a file cut short for one that ends there, and loses documents without a word.
+        # Not the reader of the library zstandard: it accepts a truncated file without an error,
+        # and documents would be lost unnoticed.
         return io.TextIOWrapper(
             pyarrow.input_stream(str(path), compression="zstd"), encoding=encoding
         )
@@ -169,15 +213,15 @@ def _open_text(path: Path) -> io.TextIOBase:
 
 
 class _ByteRangeReader(io.RawIOBase):
-    """The lines of a file that begin in its bytes [start, stop)."""
+    """Reads the lines of a file that begin in its bytes [start, stop)."""
 
     def __init__(self, path: Path, start: int, stop: int):
         self.file = open(path, "rb")
-        stop = self._line_start(stop)
-        self.left = stop - self._line_start(start)
+        stop = self._seek_line(stop)
+        self.left = stop - self._seek_line(start)
 
-    def _line_start(self, position: int) -> int:
-        """Goes to the first line that begins at `position` or after it; returns its place."""
+    def _seek_line(self, position: int) -> int:
+        """Go to the first line that begins at `position` or after it, and return its position."""
         self.file.seek(max(position - 1, 0))
         if position:
             self.file.readline()
@@ -196,59 +240,52 @@ class _ByteRangeReader(io.RawIOBase):
         super().close()
 
 
-def _open_part(path: Path, part: tuple[int, int]) -> io.TextIOBase:
-    encoding = "utf-8" if part[0] else "utf-8-sig"  # the mark stands at the very beginning only
-    return io.TextIOWrapper(
-        io.BufferedReader(_ByteRangeReader(path, *part), buffer_size=2**20), encoding=encoding
-    )
+def _open_range(path: Path, byte_range: ByteRange) -> IO[str]:
+    # The byte order mark can only be at the beginning of the file.
+    encoding = "utf-8" if byte_range[0] else "utf-8-sig"
+    reader = _ByteRangeReader(path, *byte_range)
+    return io.TextIOWrapper(io.BufferedReader(reader, buffer_size=2**20), encoding=encoding)
 
 
-def _json_texts(path: Path, part: tuple[int, int] | None) -> Iterator[str]:
-    with _open_part(path, part) if part else _open_text(path) as lines:
+def _json_texts(path: Path, byte_range: ByteRange | None) -> Iterator[str]:
+    with _open_range(path, byte_range) if byte_range else _open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 continue
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise _bad_line(
-                    path,
-                    part,
-                    number,
-                    f"not valid JSON ({error}); write an object with a string `text` a line",
-                ) from error
+                problem = f"not valid JSON ({error}); write an object with a string `text` a line"
+                raise _line_error(path, byte_range, number, problem) from error
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
-                raise _bad_line(
-                    path,
-                    part,
-                    number,
-                    "no string in a field `text`; write one object with a string `text` a line",
+                problem = (
+                    "no string in a field `text`; write one object with a string `text` a line"
                 )
-            yield without_lone_surrogates(text)
+                raise _line_error(path, byte_range, number, problem)
+            yield replace_lone_surrogates(text)
 
 
-def _bad_line(path: Path, part: tuple[int, int] | None, number: int, complaint: str) -> UserError:
-    """The error for the line that is `number` of its part, with its number in the file."""
-    if part and part[0]:
-        with _open_part(path, (0, part[0])) as lines:
+def _line_error(path: Path, byte_range: ByteRange | None, number: int, problem: str) -> UserError:
+    """Return the error for a line; `number` is its number within the byte range, from 1 on."""
+    if byte_range and byte_range[0]:
+        with _open_range(path, (0, byte_range[0])) as lines:
             number += sum(1 for _ in lines)
-    return UserError(f"{path}, line {number}: {complaint}.")
+    return UserError(f"{path}, line {number}: {problem}.")
 
 
 def _plain_texts(path: Path) -> Iterator[str]:
     with _open_text(path) as lines:
-        # A blank line counts only between text: one at the end of the file separates nothing.
-        blank = itertools.dropwhile(
-            str.strip, itertools.dropwhile(lambda line: not line.strip(), lines)
-        )
-        by_block = any(line.strip() for line in blank)
+        # A blank line counts only between text: at the end of the file it separates nothing.
+        from_first_text = itertools.dropwhile(lambda line: not line.strip(), lines)
+        from_blank_line = itertools.dropwhile(str.strip, from_first_text)
+        has_blocks = any(line.strip() for line in from_blank_line)
     with _open_text(path) as lines:
-        if not by_block:
+        if not has_blocks:
             yield from (line.rstrip("\r\n") for line in lines)
             return
-        for filled, block in itertools.groupby(lines, key=lambda line: bool(line.strip())):
-            if filled:
+        for is_text, block in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+            if is_text:
                 yield "".join(block).rstrip("\r\n")
 
 
@@ -259,10 +296,11 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
+            names = file.schema_arrow.names
+            if "text" not in names:
                 raise UserError(
-                    f"{path}: no column `text` among {columns}; rename the one that holds the text to `text`."
+                    f"{path}: no column `text` among {', '.join(names)}; rename the one that holds "
+                    "the text to `text`."
                 )
             for batch in file.iter_batches(batch_size=1000, columns=["text"]):
                 for text in batch.column(0).to_pylist():
@@ -274,12 +312,16 @@ def _parquet_texts(path: Path) -> Iterator[str]:
                     row += 1
     except pyarrow.ArrowInvalid as error:
         raise UserError(
-            f"{path} cannot be read as parquet ({error}): it is broken or cut short; fetch it again."
+            f"{path} cannot be read as parquet ({reason_of(error)}): it is broken or cut short; "
+            "fetch it again."
         ) from error
 
 
-def without_lone_surrogates(text: str) -> str:
-    """JSON may escape half a surrogate pair; no UTF-8 encoder, hash or tokenizer takes it."""
+def replace_lone_surrogates(text: str) -> str:
+    """Replace halves of surrogate pairs by U+FFFD.
+
+    JSON can contain an escaped half of a pair, which no UTF-8 encoder, hash or tokenizer accepts.
+    """
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -14,11 +14,18 @@ from peft_pretraining.utils.cache import cache_folder
 
 
 def open_source(
-    dataset: str, seed: int | None, cache_dir: str | os.PathLike | None = None
+    dataset: str, seed: int | None, cache_dir: str | os.PathLike[str] | None = None
 ) -> Source:
-    """The source that `--dataset` names: `c4`, `pydocs`, a file, a folder of files, or a folder that mirrors the C4 repository.
+    """Return the source that `--dataset` names.
 
-    `seed` orders C4's shards (None: as they are numbered) and nothing else. Raises UserError where there is nothing to read.
+    Args:
+        dataset: `c4`, `pydocs`, a file, a folder of files, or a folder that mirrors the C4
+            repository.
+        seed: Seed of the order of C4's shards (None: as they are numbered); used for nothing else.
+        cache_dir: See `cache_folder`; `pydocs` is stored there.
+
+    Raises:
+        UserError: There is nothing to read.
     """
     if dataset == "c4":
         return open_c4(None, seed)
@@ -27,7 +34,8 @@ def open_source(
     path = Path(dataset).expanduser()
     if not path.exists():
         raise UserError(
-            f"--dataset {dataset}: there is no such file or folder; give an existing one, or type `--dataset pydocs`."
+            f"--dataset {dataset}: there is no such file or folder; give an existing one, or type "
+            "`--dataset pydocs`."
         )
     if any(path.glob("en/c4-train.*.json.gz")):
         return open_c4(path, seed)

@@ -1,4 +1,4 @@
-"""Shards: documents that can be read from the middle on, also over a network that breaks off now and then."""
+"""Shards: documents that can be read from any one on, with retries after network errors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.files import reason_of
 
-# Seconds between two attempts, ten minutes in all: longer than the Hub, a router or a proxy takes to come back from a restart,
-# shorter than anyone would like a job to hold its GPUs for nothing.
+# Seconds between two attempts, ten minutes in total: longer than the Hub, a router or a proxy takes
+# to restart, and short enough not to waste much time of the GPUs.
 RETRY_DELAYS = (1, 2, 4, 8, 16, 32, *(60,) * 9)
 
 
 class Shards(Protocol):
-    """Documents in `n_shards` parts, each of which gives the same documents in the same order whenever it is read.
+    """Documents in `n_shards` shards.
 
-    `remote` says that reading may fail for a while for the network's sake: `read` then lets one of `network_errors()` through.
+    A shard gives the same documents in the same order whenever it is read. If `remote` is true,
+    reading may fail for a while because of the network: `read` then raises one of
+    `network_errors()`.
     """
 
     @property
@@ -27,32 +30,45 @@ class Shards(Protocol):
     @property
     def remote(self) -> bool: ...
 
+    def __iter__(self) -> Iterator[str]: ...
+
     def read(self, shard: int, skip: int) -> Iterator[str]:
-        """The documents of one shard without the first `skip`."""
+        """Yield the documents of one shard without the first `skip`."""
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's libraries let through when a connection fails, or breaks off in the middle of a compressed file."""
+    """Return the errors that the Hub's libraries raise when a connection fails.
+
+    They include those of a compressed file that breaks off in the middle.
+    """
     import huggingface_hub.errors
 
-    # An OSError are the timeouts and connection errors of Python and of requests as well.
+    # OSError includes the timeouts and connection errors of Python and of requests.
     errors = (OSError, EOFError, zlib.error, huggingface_hub.errors.HfHubHTTPError)
-    if (
-        importlib.util.find_spec("httpx") is None
-    ):  # huggingface_hub 0.x: its network errors are OSErrors
-        return errors
+    if importlib.util.find_spec("httpx") is None:
+        return errors  # huggingface_hub 0.x does not use httpx.
     import httpx
 
     return (*errors, httpx.HTTPError)
 
 
 def read_with_retries(
-    documents: Shards, shard: int, skip: int = 0, pauses: Sequence[float] = RETRY_DELAYS
+    documents: Shards, shard: int, skip: int = 0, delays: Sequence[float] = RETRY_DELAYS
 ) -> Iterator[str]:
-    """`documents.read(shard, skip)`, opened again at the document it had reached where the network broke off.
+    """Yield the documents of one shard without the first `skip`.
 
-    Waits `pauses` seconds between attempts, from the first pause on again after every document. UserError when all of them were
-    in vain; what a source raises that is not remote, or not for the network's sake, comes through as it is.
+    After a network error the shard is opened again at the document that was reached. Other errors,
+    and all errors of a source that is not remote, are raised unchanged.
+
+    Args:
+        documents: The shards.
+        shard: Which of them to read.
+        skip: Number of documents to leave out at the beginning.
+        delays: Seconds to wait before each new attempt; start again with the first after every
+            document that was read.
+
+    Raises:
+        UserError: All attempts failed.
     """
     if not documents.remote:
         yield from documents.read(shard, skip)
@@ -66,18 +82,20 @@ def read_with_retries(
             return
         except network_errors() as error:
             failures += 1
-            _wait(error, f"document {reached:,} of shard {shard}", failures, pauses)
+            _wait_before_retry(error, f"document {reached:,} of shard {shard}", failures, delays)
 
 
-def _wait(error: Exception, where: str, failures: int, pauses: Sequence[float]) -> None:
+def _wait_before_retry(
+    error: Exception, where: str, failures: int, delays: Sequence[float]
+) -> None:
     from loguru import logger
 
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if failures > len(pauses):
+    reason = reason_of(error)
+    if failures > len(delays):
         raise UserError(
-            f"The network did not give {where} of the data in {sum(pauses) / 60:.0f} minutes of trying ({reason}); "
-            "connect to it and continue from the last checkpoint."
+            f"The network did not give {where} of the data in {sum(delays) / 60:.0f} minutes of "
+            f"trying ({reason}); connect to it and continue from the last checkpoint."
         ) from error
-    pause = pauses[failures - 1]
-    logger.warning(f"The network broke off at {where} ({reason}): trying again in {pause} s")
-    time.sleep(pause)
+    delay = delays[failures - 1]
+    logger.warning(f"The network broke off at {where} ({reason}): trying again in {delay} s")
+    time.sleep(delay)

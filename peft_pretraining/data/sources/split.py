@@ -8,31 +8,37 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.data.sources.files import open_files
 from peft_pretraining.data.sources.shards import Shards
 from peft_pretraining.errors import UserError
 
-HELD_OUT_SHARE = 0.01
+HELD_OUT_FRACTION = 0.01
 
 
 @dataclass(frozen=True)
 class Split:
-    """Two sets of documents that share none, and the rule that parted them (goes into fingerprints)."""
+    """Training and validation documents that have no document in common.
+
+    Attributes:
+        train: The training documents.
+        validation: The validation documents.
+        rule: How they were split: ("hash", fraction), ("own",) or ("file", signature of the
+            validation file). Part of the fingerprint of the data.
+        file_identity: Of the validation file, as in `Source`.
+    """
 
     train: Iterable[str]
     validation: Iterable[str]
     rule: tuple
-    stamp: tuple = ()
-
-
-# ---------------------------------------------------------------------------------------------------------- training/validation
+    file_identity: tuple = ()
 
 
 @dataclass(frozen=True)
-class Filtered:
-    """The documents for which `keep` is true, in their order and in the same shards."""
+class FilteredDocuments:
+    """The documents for which `keep` returns True, in the same order and the same shards."""
 
     documents: Shards
     keep: Callable[[str], bool]
@@ -42,71 +48,98 @@ class Filtered:
 
     @property
     def n_shards(self) -> int:
+        """Number of shards."""
         return self.documents.n_shards
 
     @property
     def remote(self) -> bool:
+        """Whether the documents come over the network."""
         return self.documents.remote
 
     def read(self, shard: int, skip: int) -> Iterator[str]:
+        """Yield the documents of one shard without the first `skip` that are kept."""
         return itertools.islice(filter(self.keep, self.documents.read(shard, 0)), skip, None)
 
 
-def digest(text: str) -> bytes:
-    """Sixteen bytes that stand for a document's text, the same on every machine."""
+def text_digest(text: str) -> bytes:
+    """Return 16 bytes that identify a text, the same on every machine."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def in_share(text: str, share: float, inside: bool = True) -> bool:
-    """Whether the hash of a document puts it into (or, with `inside` False, outside) a given share of all documents."""
-    return (int.from_bytes(digest(text)[:8], "big") < share * 2**64) == inside
+def is_in_fraction(text: str, fraction: float, inside: bool = True) -> bool:
+    """Return whether the hash of a document puts it into a given fraction of all documents.
+
+    Args:
+        text: The document.
+        fraction: From 0 to 1.
+        inside: False: return whether the document is outside the fraction.
+    """
+    return (int.from_bytes(text_digest(text)[:8], "big") < fraction * 2**64) == inside
 
 
-def _not_among(text: str, digests: frozenset[bytes]) -> bool:
-    return digest(text) not in digests
+def _is_not_among(text: str, digests: frozenset[bytes]) -> bool:
+    return text_digest(text) not in digests
 
 
 def split_documents(
-    source: Source, validation_file: str | None = None, share: float = HELD_OUT_SHARE
+    source: Source, validation_file: str | None = None, fraction: float = HELD_OUT_FRACTION
 ) -> Split:
-    """Parts a source into training and validation documents that have no text in common.
+    """Split a source into training and validation documents that have no text in common.
 
-    A validation file goes before the source's own split, and that before a share of the documents chosen by their hash.
-    Raises UserError where the validation file cannot be read.
+    Args:
+        source: The documents.
+        validation_file: Use these validation documents, whatever split the source has.
+        fraction: If the source has no split of its own either, hold out this fraction of its
+            documents, chosen by their hash.
+
+    Raises:
+        UserError: The validation file cannot be read.
     """
+    # Documents of all sources that are split by filtering can be read shard by shard.
+    train = cast(Shards, source.train)
     if validation_file is not None:
         own = open_files(Path(validation_file).expanduser(), "--validation_file")
-        digests = frozenset(map(digest, own.train))
-        train = Filtered(source.train, functools.partial(_not_among, digests=digests))
-        return Split(train, own.train, ("file", own.signature), own.stamp)
+        kept = FilteredDocuments(train, _not_among(own.train))
+        return Split(kept, own.train, ("file", own.signature), own.file_identity)
     if source.validation is None:
-        kept, held_out = (
-            functools.partial(in_share, share=share, inside=inside) for inside in (False, True)
+        outside, inside = (
+            functools.partial(is_in_fraction, fraction=fraction, inside=inside)
+            for inside in (False, True)
         )
         return Split(
-            Filtered(source.train, kept), Filtered(source.train, held_out), ("hash", share)
+            FilteredDocuments(train, outside),
+            FilteredDocuments(train, inside),
+            ("hash", fraction),
         )
     if source.streamed:
-        return Split(source.train, source.validation, ("own",))  # C4's published split, as it is
-    digests = frozenset(map(digest, source.validation))
-    return Split(
-        Filtered(source.train, functools.partial(_not_among, digests=digests)),
-        source.validation,
-        ("own",),
-    )
+        return Split(source.train, source.validation, ("own",))  # C4's published split.
+    kept = FilteredDocuments(train, _not_among(source.validation))
+    return Split(kept, source.validation, ("own",))
+
+
+def _not_among(documents: Iterable[str]) -> Callable[[str], bool]:
+    """Return a function, which can be pickled, that is True for texts not among the documents."""
+    return functools.partial(_is_not_among, digests=frozenset(map(text_digest, documents)))
 
 
 def empty_split_error(empty: str, name: str, rule: Sequence) -> UserError:
-    """What to say where the `training` or `validation` set of the source of that name, parted by that rule, holds nothing."""
+    """Return the error for a source whose training or validation set is empty.
+
+    Args:
+        empty: `training` or `validation`.
+        name: Name of the source.
+        rule: `Split.rule`.
+    """
     if rule[0] == "hash":
-        share = f"{rule[1]:.0%} of its documents"
         return UserError(
-            f"{name} is too small to hold out {share}: the {empty} set is empty; give `--validation_file FILE`."
+            f"{name} is too small to hold out {rule[1]:.0%} of its documents: the {empty} set is "
+            "empty; give `--validation_file FILE`."
         )
     if empty == "training":
         return UserError(
-            f"Every training document of {name} is in the validation set too; give another `--validation_file`."
+            f"Every training document of {name} is in the validation set too; give another "
+            "`--validation_file`."
         )
     return UserError(
-        f"The tokenizer makes nothing of the validation set of {name}; give another `--validation_file`."
+        f"The validation set of {name} encodes to no tokens; give another `--validation_file`."
     )

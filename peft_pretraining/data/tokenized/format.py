@@ -1,4 +1,4 @@
-"""Files of tokenized data: names, checksums, and JSON with a checksum."""
+"""Files of tokenized data: their names, their checksums, and JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -7,41 +7,52 @@ import json
 from pathlib import Path
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.utils.files import atomic_write
+from peft_pretraining.utils.files import atomic_write, sha256_file
 
-pass
-
-FORMAT = 1  # raise it when what is stored changes
-BLOCK = 1024  # tokens under one CRC-32: a row of 256 reads 2 or 4 KB to be checked
-SHARD_TOKENS = (
-    2**26
-)  # 128 MB, which is also what a preparation holds in memory and what a killed one loses at most
-INDEX, JOURNAL, LOCK, TOKENIZER = "index.json", "preparation.json", ".lock", "tokenizer"
+# To be increased when what is stored changes.
+FORMAT_VERSION = 1
+# Tokens per CRC-32. To verify a sequence of 256 tokens, 2 or 4 KB are read.
+CHECKSUM_BLOCK = 1024
+# Tokens in a shard: 128 MB. A preparation holds that much in memory, and a killed preparation loses
+# that much at most.
+SHARD_TOKENS = 2**26
+INDEX_FILE = "index.json"
+SETTINGS_FILE = "preparation.json"
+LOCK_FILE = ".lock"
+TOKENIZER_FOLDER = "tokenizer"
 PREPARE_AGAIN = "run the prepare command again: it makes what is damaged anew"
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a folder was made by `prepare`, to its end or not."""
-    return (
-        (folder / JOURNAL).is_file() or (folder / INDEX).is_file() and (folder / TOKENIZER).is_dir()
+    """Return whether a folder was made by `prepare`, complete or not."""
+    return (folder / SETTINGS_FILE).is_file() or (
+        (folder / INDEX_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()
     )
 
 
 def write_json_with_checksum(path: Path, content: dict) -> None:
-    """Writes a dictionary as JSON with a checksum of its content and its name: one file in the place of another is damage too."""
-    atomic_write(
-        path,
-        (
-            json.dumps({**content, "checksum": _checksum(path.name, content)}, indent=1) + "\n"
-        ).encode(),
-    )
+    """Write a dictionary as JSON, with a checksum of its content and of the file's name.
+
+    The name is included, because a file that was copied over another one is damage too.
+    """
+    with_checksum = {**content, "checksum": _checksum(path.name, content)}
+    atomic_write(path, json.dumps(with_checksum, indent=1) + "\n")
 
 
 def read_json_with_checksum(path: Path, remedy: str) -> dict:
+    """Return what `write_json_with_checksum` wrote.
+
+    Args:
+        path: The file.
+        remedy: What to do about a damaged file; ends the error message.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum")
-        whole = checksum == _checksum(path.name, content)
+        intact = checksum == _checksum(path.name, content)
     except (
         OSError,
         ValueError,
@@ -49,9 +60,9 @@ def read_json_with_checksum(path: Path, remedy: str) -> dict:
         KeyError,
         TypeError,
         AttributeError,
-    ) as error:  # whatever garbage leads to
+    ) as error:  # What arbitrary content can lead to.
         raise damaged_error(path, "it cannot be read", remedy) from error
-    if not whole:
+    if not intact:
         raise damaged_error(path, "its content is not what was written", remedy)
     return content
 
@@ -61,11 +72,10 @@ def _checksum(name: str, content: dict) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-    }
+    """Return the SHA-256 of each file in a folder, by name. Raises OSError."""
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 def damaged_error(path: Path, what: str, remedy: str) -> UserError:
+    """Return the error for a damaged file: what is wrong with it, and what to do about it."""
     return UserError(f"{path} is damaged ({what}): {remedy}.")

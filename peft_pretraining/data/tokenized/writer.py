@@ -1,15 +1,20 @@
-"""Prepared data: documents tokenised once and kept in a folder, from which any run reads its rows by index.
+"""Write tokenized data: documents are tokenized once into a folder, for any number of runs.
 
-    index.json          what was prepared from what: tokenizer, source, split, shards; written last, so that without it nothing is whole
-    preparation.json    the same but for the shards, written first: what an interrupted preparation must have in common with its next
-    tokenizer/          as transformers saves it
-    train-00000.tokens  whole documents one after another, each ending in the end-of-sequence id: uint16, or int32 for large vocabularies
-    train-00000.offsets where each document begins, and where the last one ends: int64
-    train-00000.crc     a CRC-32 of every 1,024 tokens: uint32
-    train-00000.json    the sizes of the three, and SHA-256 of the two small ones; a shard without it is not whole
+    index.json           what was prepared from what: tokenizer, source, split, shards. Written
+                         last: a folder without index.json is incomplete.
+    preparation.json     the same without the shards. Written first: an interrupted preparation is
+                         continued only with the same settings.
+    tokenizer/           as transformers saves it
+    train-00000.tokens   documents one after another, each followed by the end-of-sequence token:
+                         uint16, or int32 for vocabularies of more than 65,536 ids
+    train-00000.offsets  where each document begins, and where the last one ends: int64
+    train-00000.crc      CRC-32 of every 1,024 tokens: uint32
+    train-00000.json     sizes of these files and SHA-256 of the two small ones. Written last: a
+                         shard without it is incomplete.
 
-All numbers are little-endian. What is read is checked first: JSON files carry a checksum of their own content, small files are checked
-when the folder is opened, tokens each time they are read.
+All numbers are little-endian. Everything is verified when it is read: JSON files contain a checksum
+of their own content, small files are verified when the folder is opened, and tokens whenever they
+are read.
 """
 
 from __future__ import annotations
@@ -18,66 +23,83 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from peft_pretraining.data.sequences import offsets_of, token_dtype
+from peft_pretraining.data.sequences import document_offsets, token_dtype
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.data.sources.split import Split, empty_split_error
 from peft_pretraining.data.tokenized.format import (
-    BLOCK,
-    FORMAT,
-    INDEX,
-    JOURNAL,
-    LOCK,
+    CHECKSUM_BLOCK,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    LOCK_FILE,
     PREPARE_AGAIN,
+    SETTINGS_FILE,
     SHARD_TOKENS,
-    TOKENIZER,
+    TOKENIZER_FOLDER,
     file_hashes,
     read_json_with_checksum,
     write_json_with_checksum,
 )
 from peft_pretraining.data.tokenized.reader import open_shard
 from peft_pretraining.data.tokenizer import Tokenizer
-from peft_pretraining.data.tokenizer_pool import Encoded, encoding
+from peft_pretraining.data.tokenizer_pool import EncodedBatches, document_encoder
 from peft_pretraining.errors import UserError
-from peft_pretraining.utils.files import atomic_write, fsync_path
-
-PUBLISHED_LENGTH = (
-    256  # the row length by which `target_eval_tokens` counts: that of the run is not known yet
+from peft_pretraining.utils.files import (
+    TEMPORARY_SUFFIX,
+    atomic_write,
+    exclusive_lock,
+    reason_of,
+    replace_directory,
 )
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------------------------- writing
+# Sequence length with which `target_eval_tokens` is counted: the published one, because the length
+# of the runs that will use the data is not known yet.
+PUBLISHED_LENGTH = 256
 
 
-class End(NamedTuple):
-    """How far a split has come with a shard: documents of the source read, tokens kept, targets in rows of `PUBLISHED_LENGTH`."""
+class SplitProgress(NamedTuple):
+    """How much of a split has been tokenized at the end of a shard.
 
-    read: int = 0
+    Attributes:
+        documents: Documents of the source that were read, with those that were dropped.
+        tokens: Tokens that were stored.
+        targets: Targets in sequences of `PUBLISHED_LENGTH` tokens.
+    """
+
+    documents: int = 0
     tokens: int = 0
     targets: int = 0
 
 
-class Limits(NamedTuple):
-    """Where a split ends before its documents do: with the last document that stays within `tokens`, and with the first one that
-    brings it to `targets` (None: no limit)."""
+class SplitLimits(NamedTuple):
+    """Where a split ends before its documents do. None: no limit.
+
+    Attributes:
+        tokens: Stop before the first document that would exceed this number of tokens.
+        targets: Stop after the first document that reaches this number of targets.
+    """
 
     tokens: int | None = None
     targets: int | None = None
 
 
 class NewShard(NamedTuple):
-    tokens: np.ndarray  # as it is stored
-    offsets: np.ndarray  # int64 [documents + 1]
-    end: End
+    """A shard in memory: tokens as stored, offsets (int64 [documents + 1]), progress at its end."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    end: SplitProgress
 
 
 def prepare(
@@ -92,48 +114,81 @@ def prepare(
     target_eval_tokens: int | None = None,
     seed: int | None = None,
 ) -> int:
-    """Tokenises both sets of documents into `folder`; what is there already and whole is kept. Returns the tokens it tokenised.
+    """Tokenize the training and validation documents of a source into a folder.
 
-    `max_tokens` bounds the training set; `target_eval_tokens` the validation set, to the fewest documents that hold as many targets in
-    rows of 256; `seed` is what a streamed source was ordered by. Documents that the tokenizer makes nothing of are dropped. The files
-    are the same bytes for any number of `processes`, and however often it was killed and called again. A second process that prepares
-    the same folder waits for the first. Raises UserError where the folder holds anything else or cannot be written.
+    Shards that exist and are intact are kept. The files are the same bytes for any number of
+    `processes`, and however often the preparation was killed and called again. A second process
+    that prepares the same folder waits for the first. Documents that encode to no tokens are
+    dropped.
+
+    Args:
+        source: The source.
+        split: Its training and validation documents.
+        tokenizer: The tokenizer.
+        folder: The folder to write: new, empty, or begun with the same settings.
+        processes: Number of tokenizing processes.
+        shard_tokens: Tokens in a shard. A shard ends with the document that reaches this number.
+        max_tokens: Use at most that many tokens for training. None: all.
+        target_eval_tokens: Keep the fewest validation documents with that many targets in sequences
+            of 256 tokens. None: keep all.
+        seed: Seed of the order of a streamed source.
+
+    Returns:
+        The number of tokens that were tokenized now.
+
+    Raises:
+        UserError: The folder contains something else or cannot be written, or a set of documents is
+            empty.
     """
-    described = {
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokenizer_settings = {
         name: getattr(tokenizer, name)
         for name in ("name", "content_hash", "vocab_size", "eos_id", "pad_id")
     }
     settings = {
-        "format": FORMAT, "tokenizer": described, "dtype": token_dtype(tokenizer.vocab_size).str, "source": source.name,
-        "signature": source.signature, "stamp": [source.stamp, split.stamp], "split_rule": split.rule, "shard_tokens": shard_tokens,
-        "max_tokens": max_tokens, "target_eval_tokens": target_eval_tokens, "seed": seed if source.streamed else None,
-    }  # fmt: skip
-    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+        "format": FORMAT_VERSION,
+        "tokenizer": tokenizer_settings,
+        "dtype": dtype.str,
+        "source": source.name,
+        "signature": source.signature,
+        "stamp": [source.file_identity, split.file_identity],
+        "split_rule": split.rule,
+        "shard_tokens": shard_tokens,
+        "max_tokens": max_tokens,
+        "target_eval_tokens": target_eval_tokens,
+        "seed": seed if source.streamed else None,
+    }
+    settings = json.loads(json.dumps(settings))  # As it will be read back: tuples become lists.
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _exclusive_lock(folder):
-            settings = _begin(folder, settings)
-            files = _save_tokenizer(tokenizer, folder)
-            with encoding(tokenizer, processes) as encode:
-                preparation = _Preparation(
-                    folder, encode, token_dtype(tokenizer.vocab_size), shard_tokens
-                )
+        with exclusive_lock(folder / LOCK_FILE, on_wait=lambda: _log_waiting(folder)):
+            settings = _start_or_resume(folder, settings)
+            tokenizer_files = _save_tokenizer(tokenizer, folder)
+            with document_encoder(tokenizer, processes) as encode:
+                preparation = _Preparation(folder, encode, dtype, shard_tokens)
                 splits = {
-                    "validation": preparation.split(
-                        "validation", split.validation, Limits(targets=target_eval_tokens)
+                    "validation": preparation.tokenize_split(
+                        "validation", split.validation, SplitLimits(targets=target_eval_tokens)
                     ),
-                    "train": preparation.split("train", split.train, Limits(tokens=max_tokens)),
+                    "train": preparation.tokenize_split(
+                        "train", split.train, SplitLimits(tokens=max_tokens)
+                    ),
                 }
             _check_not_empty(splits, source.name, split.rule, max_tokens)
-            write_json_with_checksum(
-                folder / INDEX, {**settings, "tokenizer_files": files, "splits": splits}
-            )
+            index = {**settings, "tokenizer_files": tokenizer_files, "splits": splits}
+            write_json_with_checksum(folder / INDEX_FILE, index)
     except OSError as error:
-        reason = error.strerror or error
         raise UserError(
-            f"{folder} cannot be written ({reason}): put that right and start again, it goes on where it stopped."
+            f"{folder} cannot be written ({reason_of(error)}): fix that and start again, it goes "
+            "on where it stopped."
         ) from error
-    return preparation.tokens_made
+    return preparation.new_tokens
+
+
+def _log_waiting(folder: Path) -> None:
+    from loguru import logger
+
+    logger.info(f"Waiting for another process that prepares {folder}")
 
 
 def _check_not_empty(
@@ -141,121 +196,132 @@ def _check_not_empty(
 ) -> None:
     if not splits["train"] and max_tokens is not None:
         raise UserError(
-            f"--max_tokens {max_tokens} is less than the first training document of {name}; give more."
+            f"--max_tokens {max_tokens} is less than the first training document of {name}; give "
+            "more."
         )
     for split, empty in (("train", "training"), ("validation", "validation")):
         if not splits[split]:
             raise empty_split_error(empty, name, rule)
 
 
-@contextlib.contextmanager
-def _exclusive_lock(folder: Path) -> Iterator[None]:
-    """The system gives the lock back when a process dies, however it dies."""
-    import fcntl
+def _start_or_resume(folder: Path, settings: dict) -> dict:
+    """Return the settings with which the folder was begun, and store them if it is new.
 
-    from loguru import logger
-
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info(f"Waiting for another process that prepares {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _begin(folder: Path, settings: dict) -> dict:
-    """The settings with which the folder was begun, which is now where it is new. UserError where it holds anything else."""
-    noted = next((folder / name for name in (JOURNAL, INDEX) if (folder / name).exists()), None)
-    if noted is None and any(
-        path.name != LOCK and path.suffix != ".tmp" for path in folder.iterdir()
-    ):
-        raise UserError(
-            f"{folder} holds files of something else: give an --output that is new or empty."
-        )
-    if noted is not None:
-        before = read_json_with_checksum(noted, f"delete {folder} and start again")
-        other = [
+    Raises:
+        UserError: The folder contains something else, or was begun with other settings.
+    """
+    stored = next(
+        (folder / name for name in (SETTINGS_FILE, INDEX_FILE) if (folder / name).exists()), None
+    )
+    if stored is None:
+        for path in folder.iterdir():
+            if path.name != LOCK_FILE and path.suffix != TEMPORARY_SUFFIX:
+                raise UserError(
+                    f"{folder} holds files of something else: give an --output that is new or "
+                    "empty."
+                )
+    else:
+        before = read_json_with_checksum(stored, f"delete {folder} and start again")
+        different = [
             name
             for name in settings
             if _comparable_setting(before, name) != _comparable_setting(settings, name)
         ]
-        if other:
+        if different:
             names = ", ".join(
-                "state of the source's files" if name == "stamp" else name for name in other
+                "state of the source's files" if name == "stamp" else name for name in different
             )
             raise UserError(
-                f"{folder} was begun with another {names}: give another --output, or delete that folder."
+                f"{folder} was begun with another {names}: give another --output, or delete that "
+                "folder."
             )
         settings = {name: before[name] for name in settings}
-    write_json_with_checksum(folder / JOURNAL, settings)
+    write_json_with_checksum(folder / SETTINGS_FILE, settings)
     return settings
 
 
 def _comparable_setting(settings: dict, name: str) -> object:
-    """A setting without the names by which the user called the same source or tokenizer."""
+    """Return a setting without the user's name for the source or the tokenizer.
+
+    The same source and the same tokenizer may be given by different names.
+    """
+    if name == "source":
+        return None
     value = settings.get(name)
-    if name == "tokenizer":
+    if name == "tokenizer" and value is not None:
         return {key: part for key, part in value.items() if key != "name"}
-    return None if name == "source" else value
+    return value
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
-    """Saves the tokenizer, unless it is there as it should be; returns the SHA-256 of its files."""
-    new, place = folder / f"{TOKENIZER}.tmp", folder / TOKENIZER
+    """Save the tokenizer unless it exists already, and return the SHA-256 of its files."""
+    path = folder / TOKENIZER_FOLDER
+    new = path.with_name(path.name + TEMPORARY_SUFFIX)
     shutil.rmtree(new, ignore_errors=True)
     tokenizer.hf.save_pretrained(new)
     files = file_hashes(new)
-    if place.is_dir() and file_hashes(place) == files:
-        shutil.rmtree(new)
-        return files
-    for path in new.iterdir():
-        fsync_path(path)
-    shutil.rmtree(place, ignore_errors=True)
-    os.rename(new, place)
-    fsync_path(folder)
+    if path.is_dir() and file_hashes(path) == files:
+        shutil.rmtree(new)  # A run may be reading the existing one.
+    else:
+        replace_directory(new, path)
     return files
 
 
 @dataclass
 class _Preparation:
-    """Makes the shards that a folder lacks; counts the tokens of those."""
+    """Makes the shards that a folder lacks.
+
+    Attributes:
+        folder: The folder.
+        encode: Encodes documents, batch by batch.
+        dtype: Type in which tokens are stored.
+        shard_tokens: Tokens in a shard.
+        new_tokens: Number of tokens in the shards that were made.
+    """
 
     folder: Path
-    encode: Callable[[Iterable[str]], Encoded]
+    encode: Callable[[Iterable[str]], EncodedBatches]
     dtype: np.dtype
     shard_tokens: int
-    tokens_made: int = 0
+    new_tokens: int = 0
 
-    def split(self, name: str, documents: Iterable[str], limits: Limits) -> list[dict]:
-        """The records of all shards of one set of documents, made as far as they are not there or not whole."""
-        records, making = [], None
+    def tokenize_split(
+        self, name: str, documents: Iterable[str], limits: SplitLimits
+    ) -> list[dict]:
+        """Return the records of all shards of a split; make those that are missing or damaged."""
+        records: list[dict] = []
+        new_shards: Iterator[NewShard] | None = None
         known = self._known_shards(name)
         while len(records) != known:
             base = f"{name}-{len(records):05d}"
-            record = self._whole(base)
+            record = self._load_complete_shard(base)
             if record is not None:
-                making = None  # what comes after it is made from where it ends
+                new_shards = None  # The next missing shard begins where this one ends.
             else:
-                making = making or self._make(
-                    name, documents, End(*records[-1]["end"]) if records else End(), limits
-                )
-                shard = next(making, None)
+                if new_shards is None:
+                    start = SplitProgress(*records[-1]["end"]) if records else SplitProgress()
+                    new_shards = self._tokenize_shards(name, documents, start, limits)
+                shard = next(new_shards, None)
                 if shard is None:
                     break
-                record = self._store(base, shard)
+                record = self._write_shard(base, shard)
             records.append(record)
         return records
 
     def _known_shards(self, name: str) -> int | None:
-        """The number of shards of a split where the preparation has come to its end before: the documents need not be read for it."""
+        """Return the number of shards of a split if the folder was complete before, else None.
+
+        The documents then need not be read to their end.
+        """
         try:
-            return len(read_json_with_checksum(self.folder / INDEX, PREPARE_AGAIN)["splits"][name])
+            return len(
+                read_json_with_checksum(self.folder / INDEX_FILE, PREPARE_AGAIN)["splits"][name]
+            )
         except UserError:
             return None
 
-    def _whole(self, base: str) -> dict | None:
-        """The record of a shard every byte of which is as it was written; None for one that is not."""
+    def _load_complete_shard(self, base: str) -> dict | None:
+        """Return the record of a shard if every byte of the shard is intact, else None."""
         try:
             record = read_json_with_checksum(self.folder / f"{base}.json", PREPARE_AGAIN)
             shard = open_shard(self.folder, record, self.dtype, PREPARE_AGAIN)
@@ -264,87 +330,104 @@ class _Preparation:
             return None
         return record
 
-    def _make(
-        self, name: str, documents: Iterable[str], end: End, limits: Limits
+    def _tokenize_shards(
+        self, name: str, documents: Iterable[str], start: SplitProgress, limits: SplitLimits
     ) -> Iterator[NewShard]:
-        """The shards from where the last one ended, cut after the first document that fills them."""
+        """Yield the shards of a split from `start` on, with a progress bar on terminals."""
         from loguru import logger
         from tqdm import tqdm
 
-        logger.info(
-            f"Tokenising the {name} documents{f' from document {end.read:,} on' if end.read else ''} into {self.folder}"
-        )
-        batches = self.encode(itertools.islice(documents, end.read, None))
-        bar = tqdm(
-            desc=f"tokenising {name}",
-            unit=" tokens",
-            unit_scale=True,
-            initial=end.tokens,
-            disable=None,
-        )  # None: only on terminals
+        where = f" from document {start.documents:,} on" if start.documents else ""
+        logger.info(f"Tokenizing the {name} documents{where} into {self.folder}")
+        batches = self.encode(itertools.islice(documents, start.documents, None))
         with (
-            bar,
+            tqdm(
+                desc=f"tokenizing {name}",
+                unit=" tokens",
+                unit_scale=True,
+                initial=start.tokens,
+                disable=None,  # Show it on terminals only.
+            ) as bar,
             contextlib.closing(
-                _cut(self._watched(batches, bar), end, limits, self.shard_tokens)
+                _cut_into_shards(self._stored_type(batches, bar), start, limits, self.shard_tokens)
             ) as shards,
         ):
             yield from shards
 
-    def _watched(self, batches: Encoded, bar) -> Encoded:
+    def _stored_type(self, batches: EncodedBatches, bar: tqdm) -> EncodedBatches:
         for tokens, lengths in batches:
             bar.update(len(tokens))
             yield tokens.astype(self.dtype), lengths
 
-    def _store(self, base: str, shard: NewShard) -> dict:
-        """Writes the files of a shard, and then the record that makes it one."""
+    def _write_shard(self, base: str, shard: NewShard) -> dict:
+        """Write the files of a shard, last its record, and return the record."""
         data = shard.tokens.view(np.uint8).data
-        step = BLOCK * shard.tokens.itemsize
-        checksums = np.array(
-            [zlib.crc32(data[i : i + step]) for i in range(0, len(data), step)], "<u4"
-        )
-        offsets = shard.offsets.astype("<i8")
-        for kind, array in (("tokens", shard.tokens), ("offsets", offsets), ("crc", checksums)):
+        block_bytes = CHECKSUM_BLOCK * shard.tokens.itemsize
+        blocks = (data[i : i + block_bytes] for i in range(0, len(data), block_bytes))
+        arrays = {
+            "tokens": shard.tokens,
+            "offsets": shard.offsets.astype("<i8"),
+            "crc": np.array([zlib.crc32(block) for block in blocks], "<u4"),
+        }
+        for kind, array in arrays.items():
             atomic_write(self.folder / f"{base}.{kind}", array)
         record = {
-            "name": base, "documents": len(offsets) - 1, "tokens": len(shard.tokens), "end": list(shard.end),
-            "sha256": {"offsets": hashlib.sha256(offsets).hexdigest(), "crc": hashlib.sha256(checksums).hexdigest()},
-        }  # fmt: skip
+            "name": base,
+            "documents": len(shard.offsets) - 1,
+            "tokens": len(shard.tokens),
+            "end": list(shard.end),
+            "sha256": {
+                kind: hashlib.sha256(arrays[kind].data).hexdigest() for kind in ("offsets", "crc")
+            },
+        }
         write_json_with_checksum(self.folder / f"{base}.json", record)
-        self.tokens_made += len(shard.tokens)
+        self.new_tokens += len(shard.tokens)
         return record
 
 
-def _cut(batches: Encoded, end: End, limits: Limits, shard_tokens: int) -> Iterator[NewShard]:
-    """Shards of encoded documents, from `end` on."""
-    documents, held = [], 0
-    for length, tokens in _documents(batches):
-        if limits.targets is not None and end.targets >= limits.targets:
+def _cut_into_shards(
+    batches: EncodedBatches, progress: SplitProgress, limits: SplitLimits, shard_tokens: int
+) -> Generator[NewShard, None, None]:
+    """Yield shards of encoded documents.
+
+    Args:
+        batches: The encoded documents after `progress`.
+        progress: How much of the split is in earlier shards.
+        limits: Where the split ends.
+        shard_tokens: A shard ends with the document that reaches this number of tokens.
+    """
+    documents: list[np.ndarray] = []
+    tokens_in_shard = 0
+    for length, tokens in _split_batches(batches):
+        if limits.targets is not None and progress.targets >= limits.targets:
             break
-        if limits.tokens is not None and end.tokens + length > limits.tokens:
+        if limits.tokens is not None and progress.tokens + length > limits.tokens:
             break
-        end = End(end.read + 1, end.tokens, end.targets)
-        if length == 1:  # only its end: the tokenizer makes nothing of it
+        progress = progress._replace(documents=progress.documents + 1)
+        if length == 1:  # Only the end-of-sequence token: the text encodes to nothing.
             continue
         documents.append(tokens)
-        held += length
-        end = End(end.read, end.tokens + length, end.targets + min(length, PUBLISHED_LENGTH) - 1)
-        if held >= shard_tokens:
-            yield _shard(documents, end)
-            documents, held = [], 0
+        tokens_in_shard += length
+        progress = progress._replace(
+            tokens=progress.tokens + length,
+            targets=progress.targets + min(length, PUBLISHED_LENGTH) - 1,
+        )
+        if tokens_in_shard >= shard_tokens:
+            yield _new_shard(documents, progress)
+            documents, tokens_in_shard = [], 0
     if documents:
-        yield _shard(documents, end)
+        yield _new_shard(documents, progress)
 
 
-def _documents(batches: Encoded) -> Iterator[tuple[int, np.ndarray]]:
+def _split_batches(batches: EncodedBatches) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the length and the tokens of each document."""
     for tokens, lengths in batches:
         for length, stop in zip(lengths.tolist(), np.cumsum(lengths).tolist(), strict=True):
             yield length, tokens[stop - length : stop]
 
 
-def _shard(documents: list[np.ndarray], end: End) -> NewShard:
-    tokens = np.concatenate(documents).astype(
-        documents[0].dtype, copy=False
-    )  # concatenation forgets the byte order
-    return NewShard(
-        tokens, offsets_of(np.fromiter(map(len, documents), np.int64, len(documents))), end
-    )
+def _new_shard(documents: list[np.ndarray], end: SplitProgress) -> NewShard:
+    # Concatenation does not keep the byte order of a type.
+    tokens = np.concatenate(documents).astype(documents[0].dtype, copy=False)
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    return NewShard(tokens, document_offsets(lengths), end)

@@ -3,15 +3,7 @@ import torch
 
 from alphadecay import eigenvalues, fit_power_law
 from tests.support import reference
-
-
-def spectrum_matrix(singular, rows=None, seed=0):
-    """A matrix with the given singular values."""
-    generator = torch.Generator().manual_seed(seed)
-    n = len(singular)
-    left, _ = torch.linalg.qr(torch.randn(rows or n, n, generator=generator, dtype=torch.float64))
-    right, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return left * torch.as_tensor(singular, dtype=torch.float64) @ right
+from tests.support.spectra import spectrum_matrix
 
 
 @pytest.mark.parametrize("shape", [(60, 60), (200, 60), (60, 200), (70, 60, 3, 3), (64, 3, 16, 16)])

@@ -8,14 +8,15 @@ import time
 import pytest
 import torch
 import torch.nn as nn
-from test_spectra import spectrum_matrix
 
-from alphadecay import AlphaDecay, engine, fit_power_law
+from alphadecay import AlphaDecay, fit_power_law, norms
+from alphadecay.spectral import engine
 from alphadecay.spectral.eigenvalues import eigenvalues, exact_products, gram, square_windows
 from alphadecay.spectral.engine import SpectralEngine
 from alphadecay.spectral.statistics import FAILURES
 from alphadecay.spectral.thread_pool import run_tasks
 from tests.support import fork_server, reference
+from tests.support.spectra import spectrum_matrix
 
 
 def gaussian(rows, columns, seed=0, dtype=torch.float32):
@@ -254,10 +255,10 @@ def test_norms_of_wide_and_half_tensors():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         tensors = [gaussian(100, 60, seed, dtype) for seed in range(2)]
         expected = [float(t.double().norm()) for t in tensors]
-        assert [float(n) for n in engine.tensor_norms(tensors)] == pytest.approx(expected, rel=1e-5)
+        assert [float(n) for n in norms.tensor_norms(tensors)] == pytest.approx(expected, rel=1e-5)
         for tensor in tensors:
             tensor.grad = tensor.clone()
-        assert engine.gradient_norms(tensors) == pytest.approx(expected, rel=1e-6)
+        assert norms.gradient_norms(tensors) == pytest.approx(expected, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- aspect-corrected alpha

@@ -82,7 +82,7 @@ def test_the_bounds_rule_out_no_winner(method, seed):
 
 def test_of_equal_distances_the_lowest_threshold_wins(monkeypatch):
     monkeypatch.setattr(
-        "alphadecay.power_law._distances",
+        "alphadecay.spectral.power_law._distances",
         lambda logs, ranks, own, rates, sizes: torch.full((len(own),), 0.5),
     )
     assert fit_power_law(sample(100, 2.5, 0), "goodness-of-fit").tail == 100
@@ -92,8 +92,8 @@ def test_of_equal_distances_the_lowest_threshold_wins(monkeypatch):
 def test_the_search_blocks_change_nothing(monkeypatch, block, numbers):
     values = sample(300, 2.5, 0)
     whole = fit_power_law(values, "goodness-of-fit")
-    monkeypatch.setattr("alphadecay.power_law.BLOCK_ROWS", block)
-    monkeypatch.setattr("alphadecay.power_law.ONE_THREAD", numbers)
+    monkeypatch.setattr("alphadecay.spectral.power_law.BLOCK_ROWS", block)
+    monkeypatch.setattr("alphadecay.spectral.power_law.ONE_THREAD", numbers)
     assert fit_power_law(values, "goodness-of-fit") == whole
 
 

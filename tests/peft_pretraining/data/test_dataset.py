@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from peft_pretraining import sources
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.loader import merge_positions, training_batches, validation_batches
-from peft_pretraining.data.shuffle import RowOrder
+from peft_pretraining.data.shuffle import ShuffledIndices
+from peft_pretraining.data.sources import pydocs, split
 from peft_pretraining.errors import UserError
 
 LENGTH, TOTAL, STEPS = 12, 8, 5  # 40 positions over 30 documents: a second pass begins in step 3
@@ -78,7 +78,7 @@ def plain_order(kind, data):
             for lane in (first, second)
             for text in lane[start : start + 4]
         ]
-    return [TEXTS[i] for i in RowOrder(1, 30).indices(0, 60)]
+    return [TEXTS[i] for i in ShuffledIndices(1, 30).indices(0, 60)]
 
 
 def run(data, steps, batch_size, world_size, workers=0, position=None):
@@ -136,9 +136,9 @@ def test_rows_of_a_step_are_named_by_their_index(folder):
         for step in itertools.islice(
             training_batches(data.train, seed=1, position=None, **cut), STEPS
         ):
-            assert len(step.rows) == 4
+            assert len(step.indices) == 4
             shown = torch.cat([batch["input_ids"] for batch in step.micro_batches])
-            assert torch.equal(shown, data.train.batch(step.rows)["input_ids"])
+            assert torch.equal(shown, data.train.batch(step.indices)["input_ids"])
 
 
 def test_rows_go_on_at_the_same_row_with_another_batch_size(folder):
@@ -179,7 +179,7 @@ def test_max_passes_ends_rows_before_a_row_comes_once_more(folder):
             }
             batches = training_batches(data.train, seed=1, position=None, **cut)
             assert len(list(itertools.islice(batches, updates))) == updates
-            message = f"The training data ends after {updates} updates of 8 rows; .* --num_training_steps, or leave --max_passes out"
+            message = f"The training data ends after {updates} updates of 8 sequences; .* --num_training_steps, or leave --max_passes out"
             with pytest.raises(UserError, match=message):
                 next(batches)
 
@@ -314,7 +314,7 @@ def test_changed_file_is_tokenised_anew(tmp_path):
 
 
 def test_bpe_of_a_stream_does_not_depend_on_the_seed(folder, tmp_path, monkeypatch):
-    from peft_pretraining import tokenization
+    from peft_pretraining.data import tokenizer as tokenization
 
     monkeypatch.setattr(tokenization, "BPE_SAMPLE_BYTES", 300)  # one shard
     hashes = {
@@ -327,7 +327,8 @@ def test_bpe_of_a_stream_does_not_depend_on_the_seed(folder, tmp_path, monkeypat
 
 
 def test_cache_is_made_inside_first(folder, tmp_path, monkeypatch):
-    from peft_pretraining import prepared, tokenization
+    from peft_pretraining.data import tokenizer as tokenization
+    from peft_pretraining.data.tokenized import format, writer
 
     inside = []
 
@@ -337,19 +338,23 @@ def test_cache_is_made_inside_first(folder, tmp_path, monkeypatch):
         yield
         inside.clear()
 
-    for module, name in ((tokenization, "train_bpe"), (prepared, "_write")):
+    for module, name in (
+        (tokenization, "train_bpe"),
+        (writer, "atomic_write"),
+        (format, "atomic_write"),
+    ):
         made = getattr(module, name)
         monkeypatch.setattr(
             module,
             name,
             lambda *arguments, made=made: made(*arguments) if inside else pytest.fail("outside"),
         )
-    load(folder, "rows", cache_dir=tmp_path, first=first)
+    load(folder, "rows", cache_dir=tmp_path, rank_zero_first=first)
     assert not inside and len(list((tmp_path / "prepared").iterdir())) == 1
 
 
 def test_pydocs_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PYDOCS_PACKAGES", ("json", "email", "asyncio", "unittest"))
+    monkeypatch.setattr(pydocs, "PYDOCS_PACKAGES", ("json", "email", "asyncio", "unittest"))
     data = load_data("pydocs", "bpe", 400, 32, seed=0, target_eval_tokens=None, cache_dir=tmp_path)
     assert (
         data.description.startswith("pydocs, ") and len(data.train) > 50 * len(data.validation) > 0
@@ -373,7 +378,7 @@ def test_corpus_too_small_for_a_held_out_share(folder, tmp_path, inside, empty):
     texts = [
         text
         for text in (f"{i} {TEXTS[8]}" for i in range(300))
-        if sources.in_share(text, 0.01) == inside
+        if split.is_in_fraction(text, 0.01) == inside
     ]
     dataset = write(tmp_path / "a.jsonl", texts[:3])
     message = f"a.jsonl is too small to hold out 1% of its documents: the {empty} set is empty; give `--validation_file FILE`"

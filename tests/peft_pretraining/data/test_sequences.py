@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.data.sequences import Rows, Shard, tokenize_rows
-from peft_pretraining.data.streaming import StreamedRows
+from peft_pretraining.data.sequences import Sequences, Shard, tokenize_documents
+from peft_pretraining.data.streaming import StreamedSequences
 from peft_pretraining.data.tokenizer import load_tokenizer
 
 LENGTH = 16
@@ -34,7 +34,7 @@ def assert_rows_are(tokenizer, batch, texts):
 
 
 def test_rows_are_cut_filled_and_labelled_like_a_plain_loop(tokenizer):
-    rows = tokenize_rows(TEXTS, tokenizer, LENGTH)
+    rows = tokenize_documents(TEXTS, tokenizer, LENGTH)
     chosen = np.array([7, 3, 199, 3, 0, 12])
     lengths = np.diff(rows.shards[0].offsets)
     assert (
@@ -46,16 +46,16 @@ def test_rows_are_cut_filled_and_labelled_like_a_plain_loop(tokenizer):
 
 def test_what_is_padding_follows_from_lengths_not_ids():
     shards = (Shard(np.array([5, 0, 1, 7, 1], np.uint16), np.array([0, 3, 5])),)
-    rows = Rows(shards, max_length=4, pad_id=0, eos_id=1)
+    rows = Sequences(shards, max_length=4, pad_id=0, eos_id=1)
     assert rows.batch(np.array([0, 1]))["labels"].tolist() == [[5, 0, 1, -100], [7, 1, -100, -100]]
-    filled_with_eos = Rows(shards, max_length=4, pad_id=1, eos_id=1).batch(np.array([1]))
+    filled_with_eos = Sequences(shards, max_length=4, pad_id=1, eos_id=1).batch(np.array([1]))
     assert filled_with_eos["input_ids"].tolist() == [[7, 1, 1, 1]] and filled_with_eos[
         "labels"
     ].tolist() == [[7, 1, -100, -100]]
 
 
 def test_target_tokens_and_head(tokenizer):
-    rows = tokenize_rows(TEXTS, tokenizer, LENGTH)
+    rows = tokenize_documents(TEXTS, tokenizer, LENGTH)
     targets = [sum(label != -100 for label in plain_row(tokenizer, text)[1]) - 1 for text in TEXTS]
     assert rows.target_tokens == sum(targets)
     for wanted in (1, targets[0], targets[0] + 1, 500, sum(targets), sum(targets) + 1, None):
@@ -63,24 +63,28 @@ def test_target_tokens_and_head(tokenizer):
             (n for n in range(1, 201) if wanted is not None and sum(targets[:n]) >= wanted), 200
         )
         assert (
-            len(rows.head(wanted)) == len(tokenize_rows(TEXTS, tokenizer, LENGTH, wanted)) == least
+            len(rows.head(wanted))
+            == len(tokenize_documents(TEXTS, tokenizer, LENGTH, wanted))
+            == least
         )
 
 
 def test_documents_without_tokens_are_dropped(tokenizer):
-    assert len(tokenize_rows(["", "a", ""], tokenizer, LENGTH)) == 1
-    assert len(tokenize_rows([], tokenizer, LENGTH)) == 0
+    assert len(tokenize_documents(["", "a", ""], tokenizer, LENGTH)) == 1
+    assert len(tokenize_documents([], tokenizer, LENGTH)) == 0
 
 
 def test_unigram_entropy():
     tokens = np.array([3] * 4 + [5] * 2 + [1] * 2, np.uint16)
-    rows = Rows((Shard(tokens[:3], np.array([0, 3])), Shard(tokens[3:], np.array([0, 5]))), 4, 0, 1)
+    rows = Sequences(
+        (Shard(tokens[:3], np.array([0, 3])), Shard(tokens[3:], np.array([0, 5]))), 4, 0, 1
+    )
     assert rows.unigram_entropy() == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(4))
 
 
 def test_packed_rows_without_first_tokens(tokenizer):
     """With "within" what comes after the end of a document has no label, in rows read by index and in streamed ones."""
-    rows = tokenize_rows(TEXTS, tokenizer, LENGTH, packing="within")
+    rows = tokenize_documents(TEXTS, tokenizer, LENGTH, packing="within")
     batch = rows.batch(np.arange(len(rows)))
     joined = [
         i
@@ -95,7 +99,7 @@ def test_packed_rows_without_first_tokens(tokenizer):
             ids[0],
             *(-100 if a == tokenizer.eos_id else b for a, b in zip(ids, ids[1:], strict=False)),
         ]
-    streamed = StreamedRows(None, tokenizer, LENGTH, "within")._batch(
+    streamed = StreamedSequences(None, tokenizer, LENGTH, "within")._batch(
         list(batch["input_ids"].numpy())
     )
     assert torch.equal(streamed["labels"], batch["labels"])

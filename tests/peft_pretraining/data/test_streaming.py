@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining import shards, sources, stream
+from peft_pretraining.data import streaming
 from peft_pretraining.data.dataset import load_data
 from peft_pretraining.data.loader import merge_positions, training_batches
+from peft_pretraining.data.sources import files, shards
 from peft_pretraining.data.sources.files import FileDocuments
-from peft_pretraining.data.sources.split import Filtered
-from peft_pretraining.data.streaming import StreamedRows
+from peft_pretraining.data.sources.split import FilteredDocuments
+from peft_pretraining.data.streaming import StreamedSequences
 from peft_pretraining.errors import UserError
 
 LENGTH, TOTAL = 8, 16
@@ -128,7 +129,7 @@ def run(
     found, positions = [], []
     for step in zip(*ranks, strict=True):
         seen = position["rows"] if position else 0
-        assert np.concatenate([part.rows for part in step]).tolist() == list(
+        assert np.concatenate([part.indices for part in step]).tolist() == list(
             range(seen + len(found), seen + len(found) + total)
         )
         for batch in itertools.chain.from_iterable(part.micro_batches for part in step):
@@ -146,12 +147,12 @@ def sha256_file(rows):
 def simulated_workers(monkeypatch):
     """Shares read in this process one after another, as torch deals out what its processes read."""
 
-    def loaded(parts, workers):
-        items = [parts.share(index) for index in range(workers)]
+    def read_in_workers(dataset, workers):
+        items = [dataset.worker_items(index) for index in range(workers)]
         for item in itertools.cycle(items):
             yield next(item)
 
-    monkeypatch.setattr(stream, "_loaded", loaded)
+    monkeypatch.setattr(streaming, "_read_in_workers", read_in_workers)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -167,8 +168,8 @@ def simulated_workers(monkeypatch):
     ],
 )
 def test_global_batches_are_those_of_a_plain_loop(packing, sizes, total, lanes):
-    rows = StreamedRows(Lists(texts(sizes)), Letters(), LENGTH, packing)
-    assert rows.lanes(total) == lanes
+    rows = StreamedSequences(Lists(texts(sizes)), Letters(), LENGTH, packing)
+    assert rows.substream_count(total) == lanes
     assert run(rows, 6, total=total)[0] == plain_rows(texts(sizes), lanes, packing, 6, total)
 
 
@@ -176,7 +177,7 @@ def test_global_batches_are_those_of_a_plain_loop(packing, sizes, total, lanes):
 def test_order_is_the_same_for_all_ranks_and_workers_straight_and_resumed(
     simulated_workers, packing
 ):
-    rows = StreamedRows(Lists(FEW), Letters(), LENGTH, packing)
+    rows = StreamedSequences(Lists(FEW), Letters(), LENGTH, packing)
     expected = plain_rows(FEW, 8, packing, 50)
     hashes, at_20 = set(), []
     for world_size, workers in itertools.product((1, 2, 4), (0, 2, 8)):
@@ -197,7 +198,7 @@ def test_order_is_the_same_for_all_ranks_and_workers_straight_and_resumed(
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("world_size", [1, 16])  # 16: every lane is shared by two ranks
 def test_resumed_at_every_step(packing, world_size):
-    rows = StreamedRows(Lists(FEW), Letters(), LENGTH, packing)
+    rows = StreamedSequences(Lists(FEW), Letters(), LENGTH, packing)
     expected = plain_rows(FEW, 8, packing, 23)
     found, positions = run(rows, 20, world_size)
     assert found == expected[: 20 * TOTAL]
@@ -216,7 +217,7 @@ def not_dull(text):
 def test_what_is_filtered_out_does_not_move_the_position():
     kept = [list(filter(not_dull, texts)) for texts in FEW]
     assert 0 < sum(map(len, kept)) < sum(map(len, FEW))
-    rows = StreamedRows(Filtered(Lists(FEW), not_dull), Letters(), LENGTH)
+    rows = StreamedSequences(FilteredDocuments(Lists(FEW), not_dull), Letters(), LENGTH)
     expected = plain_rows(kept, 8, False, 10)
     found, positions = run(rows, 10)
     assert found == expected
@@ -225,7 +226,7 @@ def test_what_is_filtered_out_does_not_move_the_position():
 
 
 def test_resumed_with_another_batch_size_that_makes_as_many_lanes():
-    rows = StreamedRows(Lists(FEW), Letters(), LENGTH)
+    rows = StreamedSequences(Lists(FEW), Letters(), LENGTH)
     _, positions = run(rows, 3)
     found, _ = run(rows, 2, position=positions[-1], total=32)
     assert found == in_turn(
@@ -235,7 +236,7 @@ def test_resumed_with_another_batch_size_that_makes_as_many_lanes():
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_worker_processes_straight_and_resumed_elsewhere(packing):
-    rows = StreamedRows(Lists(FEW), Letters(), LENGTH, packing)
+    rows = StreamedSequences(Lists(FEW), Letters(), LENGTH, packing)
     expected = plain_rows(FEW, 8, packing, 50)
     found, positions = run(rows, 20, 1 if packing else 2, 4, 2)
     assert found == expected[: 20 * TOTAL]
@@ -245,7 +246,7 @@ def test_worker_processes_straight_and_resumed_elsewhere(packing):
 
 def test_finished_shards_are_not_opened():
     documents = Lists(texts([4] * 12))
-    rows = StreamedRows(documents, Letters(), LENGTH)
+    rows = StreamedSequences(documents, Letters(), LENGTH)
     _, positions = run(
         rows, 12, total=4
     )  # four lanes of three shards, a row a step: each shard lasts four steps
@@ -259,7 +260,9 @@ def test_lanes_of_other_ranks_are_not_opened():
     documents = Lists(texts([8] * 12))
     cut = {"total_batch_size": 12, "batch_size": 6, "rank": 1, "world_size": 2}
     step = next(
-        training_batches(StreamedRows(documents, Letters(), LENGTH), seed=0, position=None, **cut)
+        training_batches(
+            StreamedSequences(documents, Letters(), LENGTH), seed=0, position=None, **cut
+        )
     )
     assert documents.opened == [(lane, 0) for lane in range(6, 12)] and [
         *map(int, step.position["lanes"])
@@ -272,14 +275,14 @@ def test_only_own_rows_are_tokenised(monkeypatch):
     monkeypatch.setattr(
         Letters, "encode", lambda self, texts: seen.extend(texts) or encode(self, texts)
     )
-    rows = StreamedRows(Lists(texts([50])), Letters(), LENGTH)
+    rows = StreamedSequences(Lists(texts([50])), Letters(), LENGTH)
     cut = {"total_batch_size": TOTAL, "batch_size": 4, "rank": 1, "world_size": 4}
     next(training_batches(rows, seed=0, position=None, **cut))
     assert seen == texts([50])[0][4:8]
 
 
 def test_a_second_pass_is_announced_once(log):
-    rows = StreamedRows(Lists(texts([9, 9])), Letters(), LENGTH)
+    rows = StreamedSequences(Lists(texts([9, 9])), Letters(), LENGTH)
     _, positions = run(
         rows, 5, 2
     )  # six rows of a lane in three steps of two ranks: the second pass begins in the second step
@@ -308,7 +311,7 @@ def test_max_passes_ends_a_stream_where_a_lane_ends(packing):
         ["abc"] * 12,
         ["abcdefg"] * 6,
     ]  # padded rows: 12 and 6 a pass; packed: 6 and 6 of 8 tokens
-    rows = StreamedRows(Lists(documents), Letters(), LENGTH, packing)
+    rows = StreamedSequences(Lists(documents), Letters(), LENGTH, packing)
     for passes, updates in ((1, 3), (2, 6)):
         for workers, start in ((0, 0), (0, 2)):
             position = run(rows, start, total=4)[1][-1] if start else None
@@ -324,17 +327,17 @@ def test_max_passes_ends_a_stream_where_a_lane_ends(packing):
             assert len(list(itertools.islice(batches, updates - start))) == updates - start
             with pytest.raises(
                 UserError,
-                match=f"The training data ends after {updates} updates of 4 rows; .*--max_passes out",
+                match=f"The training data ends after {updates} updates of 4 sequences; .*--max_passes out",
             ):
                 next(batches)
 
 
 def test_positions_that_do_not_fit():
-    rows = StreamedRows(Lists(FEW), Letters(), LENGTH)
+    rows = StreamedSequences(Lists(FEW), Letters(), LENGTH)
     _, positions = run(rows, 1)
     with pytest.raises(
         UserError,
-        match="was read in 8 lanes, --total_batch_size 4 makes 4; give the --total_batch_size it was",
+        match="was read in 8 substreams, --total_batch_size 4 makes 4; give the --total_batch_size it was",
     ):
         run(rows, 1, position=positions[0], total=4)
     with pytest.raises(UserError, match="not one of a stream; .* without --stream"):
@@ -343,13 +346,13 @@ def test_positions_that_do_not_fit():
 
 def test_a_lane_without_documents():
     for sizes in ([0], [3, 0, 3]):
-        rows = StreamedRows(Lists(texts(sizes)), Letters(), LENGTH)
+        rows = StreamedSequences(Lists(texts(sizes)), Letters(), LENGTH)
         with pytest.raises(
             UserError,
-            match="Lane . of . of the training stream, . of its . shards, holds no document; .*--stream out",
+            match="Substream . of . of the training stream, which has . of its . shards, contains no document; .*--stream out",
         ):
             run(rows, 2, total=6)
-    empty_at_the_end = StreamedRows(
+    empty_at_the_end = StreamedSequences(
         Lists(texts([3, 0])), Letters(), LENGTH
     )  # one lane, taken up behind its last document
     _, positions = run(empty_at_the_end, 1, total=3)
@@ -372,7 +375,7 @@ def pauses(monkeypatch):
 def test_what_the_network_breaks_off_is_read_on(packing, pauses, log):
     failures = [(0, 0), (1, 3), (1, 4), (7, 24), (4, 11)]
     documents = Lists(FEW, list(failures), remote=True)
-    found, _ = run(StreamedRows(documents, Letters(), LENGTH, packing), 12, 2)
+    found, _ = run(StreamedSequences(documents, Letters(), LENGTH, packing), 12, 2)
     assert found == plain_rows(FEW, 8, packing, 12)
     assert not documents.failures and pauses == [1] * 5  # a document in between resets the pause
     assert any(
@@ -394,10 +397,10 @@ def test_a_network_that_stays_away(pauses, log):
         next(reading)
     assert pauses == [1, 2, 4, 8, 16, 32, *[60] * 9] and len(log) == 15
     documents = Lists([["a", "b"]], [(0, 1)] * 3, remote=True)
-    assert list(shards.read_with_retries(documents, 0, pauses=(1, 1, 1))) == ["a", "b"]
+    assert list(shards.read_with_retries(documents, 0, delays=(1, 1, 1))) == ["a", "b"]
     documents = Lists([["a", "b"]], [(0, 1)] * 3, remote=True)
     with pytest.raises(UserError):
-        list(shards.read_with_retries(documents, 0, pauses=(1, 1)))
+        list(shards.read_with_retries(documents, 0, delays=(1, 1)))
 
 
 def test_only_the_network_is_waited_for(pauses):
@@ -412,8 +415,8 @@ def test_only_the_network_is_waited_for(pauses):
         list(shards.read_with_retries(Broken([["a"]], remote=True), 0))
     assert (
         not pauses
-        and Filtered(Lists([], remote=True), bool).remote
-        and not Filtered(Lists([]), bool).remote
+        and FilteredDocuments(Lists([], remote=True), bool).remote
+        and not FilteredDocuments(Lists([]), bool).remote
     )
 
 
@@ -461,7 +464,7 @@ class Deadly(Lists):
 
 def test_a_killed_worker_is_the_users_one_sentence(tmp_path):
     handler = signal.getsignal(signal.SIGCHLD)
-    rows = StreamedRows(Deadly(texts([2]), sign=str(tmp_path / "sign")), Letters(), LENGTH)
+    rows = StreamedSequences(Deadly(texts([2]), sign=str(tmp_path / "sign")), Letters(), LENGTH)
     cut = {"total_batch_size": 1, "batch_size": 1, "rank": 0, "world_size": 1}
     batches = training_batches(rows, seed=0, position=None, workers=1, **cut)
     next(batches)
@@ -513,7 +516,7 @@ def test_pieces_of_a_file_give_each_line_once(tmp_path, monkeypatch, ending, cou
     ]
     path.write_bytes(b"\xef\xbb\xbf" + ending.join(lines).encode())
     whole = list(FileDocuments((path,)))
-    monkeypatch.setattr(sources, "SHARD_BYTES", -(-path.stat().st_size // count))
+    monkeypatch.setattr(files, "SHARD_BYTES", -(-path.stat().st_size // count))
     documents = FileDocuments((path,))
     assert documents.n_shards == {1: 1, 2: 2, 3: 4, 8: 8, 50: 64}[count]
     pieces = [list(documents.read(shard, 0)) for shard in range(documents.n_shards)]
@@ -527,7 +530,7 @@ def test_pieces_begin_exactly_at_lines(tmp_path):
     path = write(tmp_path / "a.jsonl", ["a", "bb", "c"])
     size = path.stat().st_size
     for cut in range(size + 1):
-        both = [list(sources.read_file(path, part)) for part in ((0, cut), (cut, size))]
+        both = [list(files.read_file(path, part)) for part in ((0, cut), (cut, size))]
         assert sum(both, []) == ["a", "bb", "c"] and len(both[0]) == sum(
             start < cut for start in (0, 14, 29)
         )
@@ -539,13 +542,13 @@ def test_a_bad_record_in_a_piece_names_the_line_of_the_file(tmp_path):
         file.write("{broken\n")
     size = path.stat().st_size
     with pytest.raises(UserError, match="a.jsonl, line 121: not valid JSON .*a line.$"):
-        list(sources.read_file(path, (size // 2, size)))
+        list(files.read_file(path, (size // 2, size)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.xz", "a.parquet"])
 def test_local_files_streamed_hold_the_documents_of_the_other_route(tmp_path, monkeypatch, name):
     path = write(tmp_path / name, [f"{text} number {i}" for i, text in enumerate(DOCUMENTS * 5)])
-    monkeypatch.setattr(sources, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 20_000)
     arguments = dict(
         dataset=str(path),
         tokenizer="bpe",
@@ -570,7 +573,7 @@ def test_local_files_streamed_hold_the_documents_of_the_other_route(tmp_path, mo
     whole = list(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True))
     ends = list(itertools.accumulate(map(len, pieces), initial=0))
     assert ends[-1] == len(whole) > 500
-    lanes = streamed.train.lanes(TOTAL)
+    lanes = streamed.train.substream_count(TOTAL)
     of_shards = [whole[start:stop] for start, stop in itertools.pairwise(ends)]
     in_lanes = [
         2 * list(itertools.chain.from_iterable(of_shards[lane::lanes])) for lane in range(lanes)

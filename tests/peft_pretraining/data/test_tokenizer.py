@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_pretraining.data.sequences import tokenize_rows
+from peft_pretraining.data.sequences import tokenize_documents
 from peft_pretraining.data.tokenizer import load_tokenizer, train_bpe, wrap_tokenizer
 from peft_pretraining.errors import UserError
 
@@ -74,7 +74,7 @@ def test_bpe_is_cached_and_trained_the_same_again(tmp_path):
 
 
 def test_bpe_reads_a_bounded_sample(monkeypatch):
-    from peft_pretraining import tokenization
+    from peft_pretraining.data import tokenizer as tokenization
 
     monkeypatch.setattr(tokenization, "BPE_SAMPLE_BYTES", 2000)
     taken = []
@@ -159,7 +159,7 @@ def test_t5_rows_equal_hugging_faces(tmp_path):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             texts += [json.loads(line)["text"] for line, _ in zip(lines, range(300), strict=False)]
     expected = tokenizer.hf(texts, max_length=256, truncation=True, padding="max_length")
-    batch = tokenize_rows(texts, tokenizer, 256).batch(np.arange(len(texts)))
+    batch = tokenize_documents(texts, tokenizer, 256).batch(np.arange(len(texts)))
     assert batch["input_ids"].tolist() == expected["input_ids"]
     assert batch["labels"].ne(-100).long().tolist() == expected["attention_mask"]
     assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)

@@ -1,12 +1,19 @@
+"""The implementations of the output layer's loss, compared with the plain one."""
+
 import pytest
 import torch
 import torch.nn as nn
 import transformers
 
-from peft_pretraining import linear_cross_entropy
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.linear_cross_entropy import LOSSES, choose, fastest, plain
-from peft_pretraining.model.modeling_llama import build_model, target_rows
+from peft_pretraining.model import linear_cross_entropy
+from peft_pretraining.model.linear_cross_entropy import (
+    LOSSES,
+    fastest_loss,
+    plain_loss,
+    resolve_loss,
+)
+from peft_pretraining.model.modeling_llama import build_model, target_positions
 from peft_pretraining.parallel.process_group import DistributedContext
 
 FAST = [
@@ -43,7 +50,7 @@ def results(loss, hidden, weight, targets, factor=0.25):
     "scale", [1e-3, 1.0, 8.0]
 )  # 8: logits in the hundreds, exponentials that would overflow
 def test_value_and_gradients_beside_the_plain_loss(name, n, scale):
-    ours, theirs = (results(loss, *inputs(n, scale)) for loss in (LOSSES[name](), plain))
+    ours, theirs = (results(loss, *inputs(n, scale)) for loss in (LOSSES[name](), plain_loss))
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         noise = 2e-6 * max(
@@ -65,12 +72,15 @@ def test_no_target_at_all(name):
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16(autocast):
-    """Parameters in bfloat16, or float32 ones under autocast: as far from float32 as the plain loss, and no further."""
+    """The error beside float32 is not larger than that of the plain loss.
+
+    The parameters are bfloat16, or float32 under autocast.
+    """
     with torch.autocast("cpu", enabled=False):
-        exact = results(plain, *inputs())
+        exact = results(plain_loss, *inputs())
     given = inputs(dtype=torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours, theirs = (results(loss, *given) for loss in (LOSSES["chunked"](), plain))
+        ours, theirs = (results(loss, *given) for loss in (LOSSES["chunked"](), plain_loss))
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype
         assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-6 * c.norm()
@@ -81,7 +91,7 @@ def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
         value = LOSSES["chunked"]()(hidden, weight, targets)
     assert not value.requires_grad
-    torch.testing.assert_close(value, plain(hidden, weight, targets).detach())
+    torch.testing.assert_close(value, plain_loss(hidden, weight, targets).detach())
 
 
 def test_it_goes_backward_once():
@@ -93,7 +103,10 @@ def test_it_goes_backward_once():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_a_model_add_up(tied):
-    """Two micro-batches, one of them with pads and one row without a target, and a head that may be the embedding too."""
+    """Two micro-batches, one with padding and a sequence without a target.
+
+    The output layer may be tied to the embedding.
+    """
     config = {
         "vocab_size": 101,
         "hidden_size": 16,
@@ -119,19 +132,19 @@ def test_gradients_of_a_model_add_up(tied):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_target_rows():
+def test_target_positions():
     labels = torch.tensor([[5, 6, -100, 7], [5, -100, -100, -100]])
-    assert target_rows(labels).tolist() == [0, 2]
+    assert target_positions(labels).tolist() == [0, 2]
 
 
-# -------------------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 
 
 def test_the_fastest_is_measured(monkeypatch):
     def slow(*given):
         for _ in range(200):
-            plain(*given)
-        return plain(*given)
+            plain_loss(*given)
+        return plain_loss(*given)
 
     def without_memory(*given):
         raise torch.OutOfMemoryError("injected")
@@ -139,11 +152,11 @@ def test_the_fastest_is_measured(monkeypatch):
     monkeypatch.setattr(
         linear_cross_entropy,
         "LOSSES",
-        {"slow": lambda: slow, "quick": lambda: plain, "none": lambda: without_memory},
+        {"slow": lambda: slow, "quick": lambda: plain_loss, "none": lambda: without_memory},
     )
     state = torch.get_rng_state()
     assert (
-        fastest(
+        fastest_loss(
             ["none", "slow", "quick"],
             20,
             (101, 16),
@@ -156,29 +169,36 @@ def test_the_fastest_is_measured(monkeypatch):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def choice(name, before=None):
-    return choose(
-        name, 20, (101, 16), torch.float32, torch.autocast("cpu", enabled=False), ALONE, before
+def resolved(name, loss_of_checkpoint=None):
+    return resolve_loss(
+        name,
+        20,
+        (101, 16),
+        torch.float32,
+        torch.autocast("cpu", enabled=False),
+        ALONE,
+        loss_of_checkpoint,
     )
 
 
 def test_what_the_flag_means():
-    assert choice("auto") == "chunked"
-    assert choice("auto", before="torch") == "torch"  # of the run that is continued
-    assert choice("plain", before="torch") == "plain"
+    assert resolved("auto") == "chunked"
+    assert resolved("auto", loss_of_checkpoint="torch") == "torch"  # of the run that is continued
+    assert resolved("plain", loss_of_checkpoint="torch") == "plain"
     with pytest.raises(
         UserError, match="--loss liger: Liger's kernel needs a CUDA device; or leave --loss out"
     ):
-        choice("liger")
+        resolved("liger")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", [*FAST, "liger"])
 def test_on_a_gpu(name):
-    if linear_cross_entropy._missing(name, torch.device("cuda")):
+    if linear_cross_entropy._unavailable_reason(name, torch.device("cuda")):
         pytest.skip("not installed")
     given = [
         nn.Parameter(x.detach().cuda()) if x.is_floating_point() else x.cuda() for x in inputs()
     ]
-    for a, b in zip(results(LOSSES[name](), *given), results(plain, *given), strict=True):
+    for a, b in zip(results(LOSSES[name](), *given), results(plain_loss, *given), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

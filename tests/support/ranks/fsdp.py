@@ -20,7 +20,7 @@ from peft_pretraining.checkpoint.random_state import seed_random_generators
 from peft_pretraining.checkpoint.save import Checkpoints
 from peft_pretraining.cli.main import run_script
 from peft_pretraining.data.loader import validation_batches
-from peft_pretraining.data.sequences import Rows, Shard, offsets_of
+from peft_pretraining.data.sequences import Sequences, Shard, document_offsets
 from peft_pretraining.model.modeling_llama import build_model, load_config
 from peft_pretraining.optim.gradients import clip_gradients, mean_decay
 from peft_pretraining.optim.nonfinite import NonFiniteGuard
@@ -167,8 +167,8 @@ def evaluation(config, ranks: DistributedContext) -> dict:
     results = {}
     for rows in (5, 1):
         ids = np.random.default_rng(0).integers(100, size=rows * LENGTH)
-        validation = Rows(
-            (Shard(ids, offsets_of(np.full(rows, LENGTH))),), LENGTH, pad_id=0, eos_id=1
+        validation = Sequences(
+            (Shard(ids, document_offsets(np.full(rows, LENGTH))),), LENGTH, pad_id=0, eos_id=1
         )
         for parallel in ("ddp", "fsdp"):
             run = Run(config, parallel, "", ranks)

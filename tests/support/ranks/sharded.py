@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.distributed.fsdp import fully_shard
 
 import alphadecay
-from alphadecay import engine
+from alphadecay.spectral import engine
 
 
 def model_of() -> nn.Sequential:

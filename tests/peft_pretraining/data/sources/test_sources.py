@@ -8,13 +8,15 @@ import pickle
 import numpy as np
 import pytest
 
-from peft_pretraining import sources
+from peft_pretraining.data.sources import c4, files, pydocs
+from peft_pretraining.data.sources import split as splitting
 from peft_pretraining.data.sources.c4 import C4Documents, open_c4
 from peft_pretraining.data.sources.files import open_files
 from peft_pretraining.data.sources.pydocs import open_pydocs
 from peft_pretraining.data.sources.registry import open_source
 from peft_pretraining.data.sources.split import split_documents
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils import cache
 
 TEXTS = ["first document", "second: naïve 東京 🙂\nwith a second line", "third"]
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
@@ -140,7 +142,7 @@ def test_empty_corpus(tmp_path):
 @pytest.mark.parametrize("line", ["{broken", '["text"]', '{"text": 3}', '{"txt": "a"}'])
 def test_bad_record_names_file_and_line(tmp_path, line):
     path = write(tmp_path / "a.jsonl.gz", json_lines(TEXTS) + line + "\n")
-    message = error_of(lambda: list(sources.read_file(path)))
+    message = error_of(lambda: list(files.read_file(path)))
     assert (
         f"{path}, line 4: {'not valid JSON' if line == '{broken' else 'no string in a field `text`'}"
         in message
@@ -175,12 +177,20 @@ def test_wrong_encoding(tmp_path):
 
 def test_hash_split_is_disjoint_complete_and_stable(tmp_path):
     texts = [f"document {i % 1500}" for i in range(2000)]
-    split = split_documents(open_files(write(tmp_path / "a.jsonl", json_lines(texts))), share=0.1)
+    split = split_documents(
+        open_files(write(tmp_path / "a.jsonl", json_lines(texts))), fraction=0.1
+    )
     train, held_out = list(split.train), list(split.validation)
     assert not set(train) & set(held_out) and sorted(train + held_out) == sorted(texts)
     assert 0.07 < len(held_out) / len(texts) < 0.13
     # Written down once: other numbers would move documents between the sets of a run that is continued.
-    assert [i for i in range(60) if sources.in_share(f"document {i}", 0.1)] == [2, 10, 17, 37, 57]
+    assert [i for i in range(60) if splitting.is_in_fraction(f"document {i}", 0.1)] == [
+        2,
+        10,
+        17,
+        37,
+        57,
+    ]
 
 
 def test_validation_file_takes_its_documents_out_of_training(tmp_path):
@@ -232,7 +242,7 @@ def test_c4_of_the_hub_is_asked_once_for_its_files_and_lets_network_errors_throu
 ):
     import datasets
 
-    files = [str(path) for path in sources.mirror_files(mirror(tmp_path), "train")]
+    files = [str(path) for path in c4.mirror_files(mirror(tmp_path), "train")]
     opened, load = [], datasets.load_dataset
 
     def hub(*_, **__):
@@ -306,9 +316,9 @@ def test_pydocs_are_distinct_docstrings_in_a_fixed_order_and_cached(tmp_path, mo
     cached.unlink()
     open_pydocs(tmp_path, packages)
     assert cached.read_bytes() == content
-    monkeypatch.setattr(sources, "_gather", lambda *_: pytest.fail("gathered twice"))
+    monkeypatch.setattr(pydocs, "_collect", lambda *_: pytest.fail("gathered twice"))
     assert list(open_pydocs(tmp_path, packages).train) == texts
-    monkeypatch.setattr(sources, "package_versions", lambda _: {"json": "99"})
+    monkeypatch.setattr(pydocs, "package_versions", lambda _: {"json": "99"})
     with pytest.raises(
         pytest.fail.Exception, match="gathered twice"
     ):  # other versions, another cache
@@ -319,7 +329,7 @@ def test_pydocs_keep_one_of_equal_docstrings_in_the_order_of_the_files(tmp_path,
     files = [tmp_path / name for name in ("b.py", "a.py", "c.py")]
     for file, word in zip(files, ("one ", "two ", "one "), strict=True):
         file.write_text(f'"""{word * 30}"""\n')
-    monkeypatch.setattr(sources, "package_files", lambda _: files)
+    monkeypatch.setattr(pydocs, "package_files", lambda _: files)
     assert list(open_pydocs(tmp_path, ("json",)).train) == [
         ("one " * 30).strip(),
         ("two " * 30).strip(),
@@ -329,17 +339,17 @@ def test_pydocs_keep_one_of_equal_docstrings_in_the_order_of_the_files(tmp_path,
 def test_files_that_do_not_parse_give_no_docstring(tmp_path):
     path = tmp_path / "a.py"
     path.write_text(f'def f():\n    """{"long " * 30}"""\n')
-    assert sources.docstrings(path) == [("long " * 30).strip()]
+    assert pydocs.docstrings(path) == [("long " * 30).strip()]
     path.write_text("def f(:\n")
-    assert sources.docstrings(path) == []
+    assert pydocs.docstrings(path) == []
 
 
 def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("ALPHADECAY_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert sources.cache_folder() == tmp_path / "xdg/alphadecay"
+    assert cache.cache_folder() == tmp_path / "xdg/alphadecay"
     monkeypatch.setenv("ALPHADECAY_CACHE", str(tmp_path / "own"))
-    assert sources.cache_folder() == tmp_path / "own"
-    assert sources.cache_folder(tmp_path / "given") == tmp_path / "given"
+    assert cache.cache_folder() == tmp_path / "own"
+    assert cache.cache_folder(tmp_path / "given") == tmp_path / "given"
     (tmp_path / "file").write_text("")
-    assert "ALPHADECAY_CACHE" in error_of(sources.cache_folder, tmp_path / "file")
+    assert "ALPHADECAY_CACHE" in error_of(cache.cache_folder, tmp_path / "file")

@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_pretraining import encoding, prepare_data, prepared
+from peft_pretraining import prepare_data
 from peft_pretraining.cli.main import run_script
+from peft_pretraining.data import tokenizer_pool as encoding
 from peft_pretraining.data.dataset import load_data
-from peft_pretraining.data.sequences import tokenize_rows
+from peft_pretraining.data.sequences import tokenize_documents
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.data.sources.registry import open_source
 from peft_pretraining.data.sources.split import Split, split_documents
+from peft_pretraining.data.tokenized import reader as prepared
 from peft_pretraining.data.tokenized.reader import open_prepared
 from peft_pretraining.data.tokenized.writer import prepare
 from peft_pretraining.data.tokenizer import load_tokenizer
@@ -134,7 +136,7 @@ def test_rows_over_shards_are_those_of_a_plain_loop(whole, tokenizer, packing):
     shards = plain_shards(tokenizer, TRAIN)
     assert len(shards) == len(shard_names(whole)) > 3
     expected = PLAIN[packing](tokenizer, shards)
-    rows = open_prepared(whole).rows("train", LENGTH, packing)
+    rows = open_prepared(whole).sequences("train", LENGTH, packing)
     assert len(rows) == len(expected) and rows_of(rows) == expected
     chosen = np.random.default_rng(0).integers(0, len(rows), 200)
     assert rows_of(rows, chosen) == [expected[i] for i in chosen]
@@ -144,7 +146,7 @@ def test_rows_over_shards_are_those_of_a_plain_loop(whole, tokenizer, packing):
 def test_lengths_targets_and_head(whole, tokenizer, packing):
     expected = PLAIN[packing](tokenizer, plain_shards(tokenizer, HELD_OUT))
     targets = [sum(label != -100 for label in labels) - 1 for _, labels in expected]
-    rows = open_prepared(whole).rows("validation", LENGTH, packing)
+    rows = open_prepared(whole).sequences("validation", LENGTH, packing)
     assert (rows.lengths - 1).tolist() == targets and rows.target_tokens == sum(targets)
     for wanted in (1, targets[0], targets[0] + 1, 100, sum(targets), sum(targets) + 1, None):
         least = next(
@@ -155,7 +157,7 @@ def test_lengths_targets_and_head(whole, tokenizer, packing):
             ),
             len(targets),
         )
-        in_memory = tokenize_rows(HELD_OUT, tokenizer, LENGTH, wanted, packing)
+        in_memory = tokenize_documents(HELD_OUT, tokenizer, LENGTH, wanted, packing)
         assert rows_of(rows.head(wanted)) == rows_of(in_memory) == expected[:least]
 
 
@@ -174,7 +176,7 @@ def test_large_vocabularies_have_wider_tokens(tokenizer, tmp_path):
 
     wide = dataclasses.replace(tokenizer, vocab_size=2**16 + 1)
     make(tmp_path / "wide", wide)
-    assert rows_of(open_prepared(tmp_path / "wide").rows("train", LENGTH)) == plain_padded(
+    assert rows_of(open_prepared(tmp_path / "wide").sequences("train", LENGTH)) == plain_padded(
         tokenizer, plain_shards(tokenizer, TRAIN)
     )
     assert open_prepared(tmp_path / "wide").index["dtype"] == "<i4"
@@ -208,13 +210,13 @@ def test_any_number_of_processes_makes_the_same_bytes(whole, tokenizer, tmp_path
 
 def test_an_encoding_process_that_dies(tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 1)
-    with encoding.encoding(tokenizer, 2) as encode:
+    with encoding.document_encoder(tokenizer, 2) as encode:
         batches = encode(TRAIN * 10)
         next(batches)
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(
-            UserError, match="A tokenising process died .* start again with fewer processes"
+            UserError, match="A tokenizing process died .* start again with fewer processes"
         ):
             list(batches)
 
@@ -223,7 +225,7 @@ def test_an_encoding_process_that_dies(tokenizer, monkeypatch):
 def test_max_tokens_cuts_at_a_document(tokenizer, tmp_path, max_tokens):
     make(tmp_path / "data", tokenizer, max_tokens=max_tokens)
     shards = plain_shards(tokenizer, TRAIN, max_tokens=max_tokens)
-    assert rows_of(open_prepared(tmp_path / "data").rows("train", LENGTH)) == plain_padded(
+    assert rows_of(open_prepared(tmp_path / "data").sequences("train", LENGTH)) == plain_padded(
         tokenizer, shards
     )
     assert sum(map(len, sum(shards, []))) <= max_tokens
@@ -247,13 +249,13 @@ def test_target_eval_tokens_keeps_the_fewest_documents(tokenizer, tmp_path):
             ),
             40,
         )
-        assert len(open_prepared(tmp_path / str(wanted)).rows("validation", 256)) == least
+        assert len(open_prepared(tmp_path / str(wanted)).sequences("validation", 256)) == least
 
 
 KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path
-from peft_pretraining import prepared
+from peft_pretraining.data.tokenized import writer as prepared
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 source, tokenizer, folder, moments = pickle.load(open(sys.argv[1], "rb"))
 replace = os.replace
@@ -380,7 +382,7 @@ def test_a_second_process_waits_and_finds_all_done(whole, tokenizer, tmp_path):
         thread.join()
     logger.remove(handler)
     assert contents(tmp_path / "data") == contents(whole)
-    assert sum(message.startswith("Tokenising the train documents") for message in messages) == 1
+    assert sum(message.startswith("Tokenizing the train documents") for message in messages) == 1
 
 
 def test_what_is_whole_is_not_made_again(whole, tokenizer, tmp_path):
@@ -518,7 +520,7 @@ def test_folders_of_something_else_are_left_alone(tokenizer, tmp_path):
     with refused("holds files of something else: give an --output that is new or empty"):
         make(tmp_path, tokenizer)
     assert (tmp_path / "precious.txt").read_text() == "work of years"
-    with refused("cannot be written .* put that right and start again"):
+    with refused("cannot be written .* fix that and start again"):
         make(tmp_path / "precious.txt" / "data", tokenizer)
 
 
@@ -526,14 +528,14 @@ def test_empty_sets(tokenizer, tmp_path):
     source, split = source_of(train=[""])
     with refused("Every training document of corpus is in the validation set too"):
         make(tmp_path / "a", tokenizer, (source, split))
-    with refused("The tokenizer makes nothing of the validation set of corpus"):
+    with refused("The validation set of corpus encodes to no tokens"):
         make(tmp_path / "b", tokenizer, (source, Split(TRAIN, [], ("own",))))
     with refused("--max_tokens 2 is less than the first training document of corpus; give more"):
         make(tmp_path / "c", tokenizer, max_tokens=2)
 
 
 def test_format_of_another_version(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared, "FORMAT", 99)
+    monkeypatch.setattr(prepared, "FORMAT_VERSION", 99)
     with refused("has format 1, this version reads format 99; prepare the data anew"):
         open_prepared(whole)
 
@@ -625,7 +627,7 @@ def test_fuzz_of_reading(whole, tokenizer, tmp_path):
     ):
         try:
             for (split, packing), (ids, labels) in expected.items():
-                rows = open_prepared(path.parent).rows(split, LENGTH, packing)
+                rows = open_prepared(path.parent).sequences(split, LENGTH, packing)
                 batch = rows.batch(np.arange(len(rows)))
                 assert np.array_equal(batch["input_ids"], ids) and np.array_equal(
                     batch["labels"], labels
@@ -834,7 +836,7 @@ def test_command_with_a_stream(files, monkeypatch):
             ["--model_config", "x.json"],
             "argument --model_config: not allowed with argument --vocab_size; see --help",
         ),
-        (["--max_tokens", "many"], "'many' is no number of tokens"),
+        (["--max_tokens", "many"], "'many' is not a number of tokens"),
         (["--processes", "0"], "--processes 0: it must be above 0"),
         (["--seed", "-1"], "--seed -1: it must be 0 or more"),
         (["--tokenizer", "nowhere"], "Tokenizer nowhere is neither a folder"),
