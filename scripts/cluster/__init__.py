@@ -1,0 +1,1 @@
+"""Many GPUs: a plan of memory and seconds, and launchers for several nodes."""
