@@ -1,21 +1,48 @@
-"""Train vision transformers, or any other classifier of timm, with AlphaDecay: module-wise weight decay from the spectra of the weights
-(arXiv 2506.14562).
+"""Train vision transformers, or any other classifier of timm, with AlphaDecay.
 
-    torchrun --nproc_per_node=2 main_vit.py --model deit_tiny_patch16_224 --data_path IMAGENET --use_modulewise_wd \
-        --alpha_positively_with_WD --weight_decay 5e-6
+    torchrun --nproc_per_node=2 main_vit.py --model deit_tiny_patch16_224 --data_path IMAGENET \
+        --use_modulewise_wd --alpha_positively_with_WD --weight_decay 5e-6
 
-Runs on one process (plain python) or several (torchrun), on CPU or GPU, and finds out by itself which. Sections:
-arguments, set-up, the training loop.
+The method, module-wise weight decay from heavy-tailed spectra, is that of He et al., NeurIPS 2025
+(arXiv 2506.14562); the recipe is that of ConvNeXt (Liu et al. 2022, arXiv 2201.03545). The script
+runs on one process (plain python) or on several (torchrun), on CPUs or on GPUs, and detects which.
+
+Sections: arguments, schedules, set-up, model and optimizer, data, training loop, gradients,
+evaluation and checkpoints.
 """
 
 import argparse
 import contextlib
 import gc
+import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from alphadecay.cli.flags import add_flags, decay_from_flags, register_decay_hooks
+from alphadecay.cli.presets import parse_arguments as parse_with_method
+from peft_pretraining.cli.main import parse_or_exit, run_script
+from peft_pretraining.cli.vit import RESUME_ARGUMENTS, complete, vit_parser
+
+# -------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line. Raises UserError for arguments that do not fit each other."""
+    parser = vit_parser()
+    add_flags(parser)
+    # torchrun sets WORLD_SIZE. The size of an update follows from it.
+    return complete(parse_with_method(parser), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+
+
+# The command line is parsed before the imports below, which take seconds because of torch and timm:
+# --help and a mistyped flag are answered at once. The imports create hundreds of thousands of
+# objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
+if __name__ == "__main__":
+    ARGUMENTS = parse_or_exit(parse_arguments)
+    gc.disable()
 
 import torch
 import torch.nn as nn
@@ -25,60 +52,79 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
-from alphadecay import AWD, AdaDecay, AlphaDecay
-from alphadecay.decoupled import split_hidden
-from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
-from alphadecay.methods import parse_arguments as parse_with_method
-from peft_pretraining import run_log
-from peft_pretraining.checkpoint import WEIGHTS, find_checkpoint, seed_random_generators, step_of
-from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
+from alphadecay import AlphaDecay
+from alphadecay.param_groups import split_hidden
+from peft_pretraining.checkpoint.find import find_checkpoint
+from peft_pretraining.checkpoint.format import WEIGHTS, step_of
+from peft_pretraining.checkpoint.random_state import seed_random_generators
+from peft_pretraining.checkpoint.save import Checkpoints
 from peft_pretraining.errors import UserError
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.interruption import StopRequest
-from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.resuming import begin_records, resume, starting_point
-from peft_pretraining.saving import Checkpoints
-from peft_pretraining.schedule import lr_factor
-from peft_pretraining.throughput import BACKWARD, Clock, Work, profiled
-from peft_pretraining.vision.accuracy import evaluate
-from peft_pretraining.vision.arguments import complete, vit_parser
-from peft_pretraining.vision.batches import (
-    TRAINING,
+from peft_pretraining.optim.gradients import clip_gradients, mean_decay
+from peft_pretraining.optim.nonfinite import NonFiniteGuard
+from peft_pretraining.optim.optimizer import build_optimizer, scaled_decays
+from peft_pretraining.optim.schedule import lr_factor
+from peft_pretraining.parallel.ddp import data_parallel
+from peft_pretraining.parallel.fsdp import exchange_gradients
+from peft_pretraining.parallel.process_group import DistributedContext, process_group
+from peft_pretraining.records.console import start_logging
+from peft_pretraining.records.run_dir import run_lock
+from peft_pretraining.records.run_log import RunLog
+from peft_pretraining.train.flops import BACKWARD_TO_FORWARD_RATIO
+from peft_pretraining.train.loop import (
+    finish,
+    next_step,
+    stop_early,
+    without_garbage_collection,
+    write_run_report,
+)
+from peft_pretraining.train.profiler import profiled
+from peft_pretraining.train.resume import resolve_checkpoint, resume, truncate_records_after
+from peft_pretraining.train.signals import StopRequest
+from peft_pretraining.train.step import (
+    WeightDecayScheduler,
+    set_learning_rate,
+    update_weight_decays,
+)
+from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
+from peft_pretraining.vision.batchnorm import BatchNormSync
+from peft_pretraining.vision.datasets import ImageData, load_images
+from peft_pretraining.vision.evaluation import evaluate
+from peft_pretraining.vision.export import export, timm_config
+from peft_pretraining.vision.loader import (
     Batch,
     TrainingSamples,
     ValidationSamples,
-    seed_everything,
     training_steps,
-    training_transform,
     validation_batches,
-    validation_transform,
 )
-from peft_pretraining.vision.images import ImageData, load_images
-from peft_pretraining.vision.models import (
-    RunningStatistics,
-    build_model,
-    current_name,
-    export,
-    forward_flops,
-    load_weights,
-    timm_config,
-)
+from peft_pretraining.vision.models import build_model, current_name, forward_flops, load_weights
+from peft_pretraining.vision.seeding import TRAINING, seed_everything
+from peft_pretraining.vision.transforms import training_transform, validation_transform
 
-AWD_FACTOR = 50  # lambda_awd = 50 * eta in the published ViT runs
+if __name__ == "__main__":
+    gc.enable()
+    gc.freeze()  # later collections do not examine the objects of the libraries again
 
-# -------------------------------------------------------------------------------------------------------------- arguments
+# The baseline AWD (Ghiasi et al. 2023) takes a coefficient lambda_awd. The published ViT runs set
+# it to 50 times the weight decay eta.
+AWD_FACTOR = 50
 
-
-def parse_arguments() -> argparse.Namespace:
-    parser = vit_parser()
-    add_flags(parser)
-    return complete(parse_with_method(parser), world_size_of_environment())
+# -------------------------------------------------------------------------------------- schedules
+#
+# The recipe counts in epochs, the loop in updates. An epoch is a pass over the training images,
+# without those that do not fill a whole update. Learning rate and weight decay follow cosines over
+# the whole run and are functions of the update's number alone.
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The lengths of a run, in updates."""
+    """The lengths of a run in updates.
+
+    Args:
+        epoch: updates in an epoch.
+        warmup: updates of linear warm-up.
+        total: updates of the whole run.
+    """
 
     epoch: int
     warmup: int
@@ -86,287 +132,600 @@ class Schedule:
 
     @classmethod
     def of(cls, args: argparse.Namespace, images: int) -> "Schedule":
-        """images: of the training set; those that do not fill an update are left out of an epoch."""
+        """Return the lengths of a run on a training set of so many images.
+
+        The images that do not fill a whole update are left out of an epoch.
+
+        Raises:
+            UserError: an update has more images than the training set.
+        """
         epoch = images // args.total_batch_size
         if not epoch:
-            raise UserError(f"an update of {args.total_batch_size} images is more than the {images} there are: give a smaller --batch_size")
+            raise UserError(
+                f"an update of {args.total_batch_size} images is more than the {images} there "
+                "are: give a smaller --batch_size"
+            )
         warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * epoch
         return cls(epoch, warmup, args.epochs * epoch)
 
 
-# ----------------------------------------------------------------------------------------------------------------- set-up
+def rates(args: argparse.Namespace, update: int, schedule: Schedule) -> tuple[float, float]:
+    """Return the learning rate of an update, and the factor on all weight decays.
+
+    The factor is 1 without --weight_decay_end. With it, it follows a cosine that ends at
+    --weight_decay_end / --weight_decay.
+    """
+    lr = args.lr * lr_factor(
+        update, "cosine", schedule.total, schedule.warmup, args.min_lr / args.lr
+    )
+    if args.weight_decay_end is None:
+        return lr, 1.0
+    end = args.weight_decay_end / args.weight_decay
+    return lr, lr_factor(update, "cosine", schedule.total, 0, end)
+
+
+# ----------------------------------------------------------------------------------------- set-up
+#
+# Words used below. An update is one step of the optimizer on a global batch of images. A rank is
+# one process with one device. Each rank processes its part of the global batch in --update_freq
+# micro-batches of --batch_size images.
 
 
 @dataclass(frozen=True)
 class Training:
-    """What an update changes, and what it means. config: see `timm_config`; flops: of one image's forward pass."""
+    """Model, moving average, optimizer and weight-decay scheduler of a run.
+
+    Args:
+        model: on this rank's device; not wrapped for data-parallel training.
+        ema: exponential moving average of the weights, if --model_ema asks for it.
+        optimizer: its groups carry a weight decay each.
+        decay: sets the decays of the groups; None: they are uniform.
+        config: timm's description of the model, which a checkpoint contains; see `timm_config`.
+        flops: operations of the forward pass of one image.
+    """
 
     model: nn.Module
     ema: ModelEmaV3 | None
     optimizer: Optimizer
-    decay: AlphaDecay | AWD | AdaDecay | None  # None: uniform
+    decay: WeightDecayScheduler | None
     config: dict
     flops: int
 
     def averages(self) -> dict[str, nn.Module]:
-        """What a checkpoint keeps beside the model."""
+        """Return the modules that a checkpoint contains beside the model, by name."""
         return {"ema": self.ema.module} if self.ema else {}
 
 
-def main() -> None:
-    args = parse_arguments()
-    with process_group(kind=args.device) as ranks, contextlib.ExitStack() as held:
-        run_log.start_logging(ranks)
+@dataclass(frozen=True)
+class Run:
+    """What the training loop works on.
+
+    Args:
+        training: what an update changes.
+        data: training and validation images.
+        schedule: lengths in updates.
+        work: operations and images of an update.
+        checkpoints: saves in the background.
+        log: records of the run.
+    """
+
+    training: Training
+    data: ImageData
+    schedule: Schedule
+    work: WorkPerStep
+    checkpoints: Checkpoints
+    log: RunLog
+
+
+def main(args: argparse.Namespace) -> None:
+    """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+    # The stack releases the lock of the run folder and turns garbage collection on again, however
+    # the run ends.
+    with process_group(device_type=args.device) as ranks, contextlib.ExitStack() as stack:
+        # All ranks start from the same seed, so they build the same initial weights and no rank
+        # has to send its own to the others.
+        start_logging(ranks)
         seed_random_generators(args.seed)
-        data = load_images(args.data_set, args.data_path, args.eval_data_path, args.nb_classes, ranks.first)
+
+        # Data. Rank 0 downloads what is missing before the other ranks look for it. The lengths of
+        # the schedules follow from the number of images.
+        data = load_images(
+            args.data_set, args.data_path, args.eval_data_path, args.nb_classes, ranks.rank_zero_first
+        )
         logger.info(f"data: {data.description}")
         schedule = Schedule.of(args, len(data.train))
         if args.eval:
             return evaluate_only(args, data, ranks)
 
+        # Where to start. The lock keeps a second process, for instance a job that was queued twice,
+        # from writing to the same folder.
         run_folder = Path(args.output_dir)
         if ranks.is_main:
-            held.enter_context(run_log.run_lock(run_folder))
-        place, checkpoint = starting_point(args.resume or ("auto" if args.auto_resume else None), run_folder, ranks)
-        if checkpoint and place == "auto" and step_of(checkpoint) >= schedule.total:
+            stack.enter_context(run_lock(run_folder))
+        resume_from = args.resume or ("auto" if args.auto_resume else None)
+        resume_from, checkpoint = resolve_checkpoint(resume_from, run_folder, ranks)
+        if checkpoint and resume_from == "auto" and step_of(checkpoint) >= schedule.total:
             logger.info(f"{run_folder} has made all {schedule.total} updates: nothing to do")
             if ranks.is_main:
-                report(run_folder)  # it may have been killed just before its end
+                # The run may have been killed after its last update and before its report.
+                write_run_report(run_folder)
             return
 
+        # Model, weight-decay scheduler, optimizer.
         training = make_training(args, build_model(args).to(ranks.device))
-        model = training.model
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in training.model.parameters())
         logger.info(
-            f"model: {current_name(args.model)}, {parameters / 1e6:.1f}M parameters, {training.flops / 1e9:.2f} GFLOPs an image, "
-            f"{ranks.world_size} x {ranks.device.type}"
+            f"model: {current_name(args.model)}, {parameters / 1e6:.1f}M parameters, "
+            f"{training.flops / 1e9:.2f} GFLOPs an image, {ranks.world_size} x {ranks.device.type}"
         )
 
+        # Resume. Records that the earlier process wrote after its last checkpoint are removed,
+        # because these updates will be made again.
         progress = {"update_step": args.start_epoch * schedule.epoch, "images_seen": 0, "best": {}}
         if checkpoint:
             progress = resume(
-                checkpoint, args, schedule.total, model, training.optimizer, training.decay, data.fingerprint, ranks,
-                config=training.config, extra=training.averages(),
-            )  # fmt: skip
+                checkpoint,
+                vars(args),
+                schedule.total,
+                training.model,
+                training.optimizer,
+                training.decay,
+                data.fingerprint,
+                ranks,
+                config=training.config,
+                extra=training.averages(),
+            )
         elif isinstance(training.decay, AlphaDecay):
+            # With --start_epoch the analyses keep to the numbers of the updates.
             training.decay.updates = progress["update_step"]
         if ranks.is_main:
-            begin_records(checkpoint, run_folder)
-        description = {"name": args.name, "arguments": vars(args), "model_config": training.config, "parameters": parameters}
-        project = args.project if args.enable_wandb and not args.no_wandb else None
-        dtype = torch.bfloat16 if args.use_amp else torch.float32
-        work = Work.of("images", args.total_batch_size, 1, training.flops * (1 + BACKWARD), dtype, ranks)
-        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags, project, unit="images")
-        checkpoints = Checkpoints(run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error)
-        held.enter_context(without_garbage_collection())
-        train(args, training, data, schedule, progress, work, checkpoints, log, ranks)
+            truncate_records_after(checkpoint, run_folder)
+
+        # Derived numbers, printed and written to run.json: operations per image, and the peak rate
+        # of the devices, which the utilization (MFU) is a fraction of.
+        work = WorkPerStep.measure(
+            "images",
+            args.total_batch_size,
+            1,
+            training.flops * (1 + BACKWARD_TO_FORWARD_RATIO),
+            torch.bfloat16 if args.use_amp else torch.float32,
+            ranks,
+        )
+        logger.info(
+            f"update: {args.total_batch_size:,} images = micro-batches of {args.batch_size:,} x "
+            f"{args.update_freq} accumulated x {ranks.world_size} ranks; {args.epochs} epochs of "
+            f"{schedule.epoch:,} updates, {schedule.warmup:,} updates of warm-up"
+        )
+        description = {
+            "name": args.name,
+            "arguments": vars(args),
+            "model_config": training.config,
+            "parameters": parameters,
+        }
+        log = RunLog(
+            run_folder,
+            ranks,
+            description | work.record(),
+            args.wandb_name,
+            args.tags,
+            project=args.project if args.enable_wandb and not args.no_wandb else None,
+            unit="images",
+        )
+        checkpoints = Checkpoints(
+            run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error
+        )
+        stack.enter_context(without_garbage_collection())
+        train(args, Run(training, data, schedule, work, checkpoints, log), progress, ranks)
+
+
+# ---------------------------------------------------------------------------- model and optimizer
+#
+# AlphaDecay gives each module of the model, such as the attention projection of a block, a weight
+# decay of its own. So each module is a parameter group of the optimizer, and changing a decay means
+# writing a number into its group: any optimizer with decoupled or L2 decay can be used as it is.
 
 
 def make_training(args: argparse.Namespace, model: nn.Module) -> Training:
-    """The model with the optimizer and the decays that the flags ask for."""
+    """Build what the flags ask for around a model: weight-decay scheduler, optimizer, average.
+
+    Raises:
+        UserError: flags that do not fit each other, the model or the optimizer.
+    """
     try:
-        decay = decay_from_flags(args, model, AWD_FACTOR)  # None: uniform
-        groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr, tuple(args.opt_betas), args.opt_eps)
-        reshape_from_flags(args, optimizer)  # --adamc, --cautious_decay
+        # The scheduler analyses the initial weights and decides how the parameters are grouped, so
+        # it comes before the optimizer.
+        decay = decay_from_flags(args, model, AWD_FACTOR)
+        if decay is None:
+            # Uniform decay: one group, whose decay nobody changes.
+            groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+        else:
+            # One group for each module that is balanced, and one for the other parameters.
+            groups = decay.param_groups()
+        # Muon takes the hidden matrices only, so the groups are split by whether they are hidden.
+        optimizer = build_optimizer(
+            args.optimizer,
+            split_hidden(groups, model),
+            args.lr,
+            tuple(args.opt_betas),
+            args.opt_eps,
+        )
+        register_decay_hooks(args, optimizer)  # --adamc, --cautious_decay
     except ValueError as error:
         raise UserError(str(error)) from error
-    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None) if args.model_ema else None
-    return Training(model, ema, optimizer, decay, timm_config(args, model), forward_flops(model, args.input_size))
+    ema = None
+    if args.model_ema:
+        # The average needs memory for the weights once more. It can be kept in CPU memory, which
+        # costs a copy of the weights in each update.
+        device = torch.device("cpu") if args.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, args.model_ema_decay, device=device)
+    return Training(
+        model,
+        ema,
+        optimizer,
+        decay,
+        timm_config(args, model),
+        forward_flops(model, args.input_size),
+    )
 
 
-def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: Ranks) -> None:
-    model = build_model(args)
-    if args.resume:
-        load_weights(model, find_checkpoint(args.resume, Path(args.output_dir), ranks) / WEIGHTS)
-    result = evaluate(model.to(ranks.device), validation_part(args, data, ranks), ranks, autocast_of(args, ranks))
-    logger.info(f"{accuracy_line(result)} over {result['eval_images']:,} images")
+def loss_and_mixup(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:
+    """Build the loss and, if --mixup or --cutmix ask for it, the mixing of images."""
+    if not args.mixes:
+        return LabelSmoothingCrossEntropy(args.smoothing), None
+    # Mixup returns a distribution over the classes for each image, already smoothed. The loss must
+    # take such soft targets and not smooth them again.
+    mixup = Mixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )
+    return SoftTargetCrossEntropy(), mixup
 
 
-# ------------------------------------------------------------------------------------------------------ the training loop
+# ------------------------------------------------------------------------------------------- data
+#
+# An image is augmented with random numbers that depend on the seed, the epoch and the image only:
+# the result is the same for any number of ranks and of reading processes, and after a resume.
 
 
-def train(
-    args, training: Training, data: ImageData, schedule: Schedule, progress: dict, work: Work, checkpoints: Checkpoints,
-    log: run_log.RunLog, ranks: Ranks,
-) -> None:  # fmt: skip
-    model, optimizer, decay = training.model, training.optimizer, training.decay
+def build_train_loader(
+    args: argparse.Namespace, data: ImageData, update: int, ranks: DistributedContext
+) -> Iterator[list[Batch]]:
+    """Yield this rank's micro-batches of each update after `update` updates."""
+    samples = TrainingSamples(
+        data.train, training_transform(args, data.allow_flip), args.skip_bad_images, args.seed
+    )
+    return training_steps(
+        samples,
+        update=update,
+        total_batch_size=args.total_batch_size,
+        batch_size=args.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=args.num_workers,
+        pin_memory=args.pin_mem and ranks.device.type == "cuda",
+    )
+
+
+def build_val_loader(
+    args: argparse.Namespace, data: ImageData, ranks: DistributedContext
+) -> Iterator[Batch]:
+    """Yield this rank's share of the validation images; without --dist_eval rank 0 has them all."""
+    samples = ValidationSamples(data.validation, validation_transform(args), args.skip_bad_images)
+    rank, world_size = (ranks.rank, ranks.world_size) if args.dist_eval else (0, 1)
+    if rank != ranks.rank:
+        # The other ranks evaluate nothing, and wait for the sums of rank 0.
+        return iter(())
+    pin_memory = args.pin_mem and ranks.device.type == "cuda"
+    return validation_batches(
+        samples, args.batch_size, rank, world_size, args.num_workers, pin_memory
+    )
+
+
+# ---------------------------------------------------------------------------------- training loop
+#
+# In an update that is neither logged nor analysed the host does not wait for the device (Muon
+# excepted): what it must know is computed on the CPU or read one update later. So on a GPU the host
+# runs ahead, and the device is never idle.
+#
+# A run that is stopped after any update and resumed from its checkpoint is bit-identical to one
+# that was never stopped. Therefore nothing in the loop may depend on time, on earlier random draws
+# or on counters that are not in the checkpoint.
+
+
+def train(args: argparse.Namespace, run: Run, progress: dict, ranks: DistributedContext) -> None:
+    """Make the remaining updates, with evaluations and checkpoints, and write the summary."""
+    training, schedule, checkpoints, log = run.training, run.schedule, run.checkpoints, run.log
+    model, optimizer = training.model, training.optimizer
     criterion, mixup = loss_and_mixup(args)
-    guard = FiniteGuard(optimizer, ranks, args.max_skipped_updates)
-    parallel = data_parallel(model, guard, ranks, lambda parallel: two_images_through(parallel, args.input_size, ranks))
-    statistics = RunningStatistics(model, ranks)
-    stop = StopRequest()
-    clock = Clock(work, progress["update_step"], progress["images_seen"], ranks.device)
-    steps = clock.timed(training_part(args, data, progress["update_step"], ranks))
-    updates = Updates(model, optimizer, decay, args.clip_grad or 0.0, guard, checkpoints, clock, log)
-    log.modules(decay.history if decay else [])
+    guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
+    # DistributedDataParallel orders its gradient buckets in its first pass. A pass on a dummy batch
+    # makes the order the same in new and in resumed runs, and with it the rounding of the sums.
+    parallel = data_parallel(
+        model,
+        guard.record_nonfinite,
+        ranks,
+        lambda wrapped: dummy_forward(wrapped, args.input_size, ranks),
+    )
+    statistics = BatchNormSync(model, ranks)
+    stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
+    meter = ThroughputMeter(
+        run.work, progress["update_step"], progress["images_seen"], ranks.device
+    )
+    steps = meter.time_data(build_train_loader(args, run.data, progress["update_step"], ranks))
+    # The analysis of the initial weights.
+    log.modules(training.decay.history if training.decay else [])
     log.start_bar(schedule.total, progress["update_step"])
     saved = progress["update_step"]
 
     for update in profiled(range(saved + 1, schedule.total + 1), args.profile, log.folder, ranks):
-        micro_batches, _, ending = next_step(steps, stop, checkpoints, ranks)
-        if ending is None:
+        # 1. Data. All ranks agree here whether to go on: a signal, an image that cannot be read or
+        #    a failed save on one rank must stop all of them at the same update.
+        micro_batches, _, stop_reason = next_step(steps, stop, checkpoints, ranks)
+
+        # 2. Gradients of the mean loss of the global batch, summed over micro-batches and ranks.
+        if micro_batches is not None:
             loss = forward_backward(parallel, micro_batches, update, args, criterion, mixup, ranks)
-            ending = guard.failure(update - 1, "--clip_grad")  # of the update before, which the device has long finished
-        if ending is not None:
+            # Whether the previous update was finite is read only now, when the device finished it
+            # long ago and this update is queued behind it: the host does not have to wait.
+            stop_reason = guard.failure(update - 1, "--clip_grad")
+        if stop_reason is not None:
             if saved < update - 1:
-                save(args, training, data, progress, checkpoints)
+                save(args, run, progress)
             checkpoints.finish()
-            return end_early(ending, update - 1, log, "the same command goes on" if args.save_ckpt else "nothing was saved")
+            advice = "the same command goes on" if args.save_ckpt else "nothing was saved"
+            return stop_early(stop_reason, update - 1, log, advice)
 
-        # Clip, leave out what is not finite, set the decays (an analysis every `unbalancedWD_every` updates), step.
-        lr, eta = rates(args, update, schedule)
-        norm = updates.make(update, loss, lr, eta)
-        statistics.settle(optimizer.found_inf)
+        # 3. Clip the gradients to --clip_grad, if it is given. The norm stays on the device.
+        norm = clip_gradients(model, args.clip_grad or 0.0)
+
+        # 4. Check that loss and gradients are finite on all ranks. If they are not, the optimizer
+        #    skips this update; it reads the result on the device, so the host need not wait.
+        guard.check_update(update, loss, norm)
+
+        # 5. A checkpoint of the previous update may still be being copied to host memory. From here
+        #    on the weights change, so the copy must be complete.
+        checkpoints.before_update()
+
+        # 6. Learning rate, and the factor on the weight decays. Both depend on the update's number
+        #    alone: resuming needs no state for them.
+        lr, decay_factor = rates(args, update, schedule)
+        set_learning_rate(optimizer, lr)
+
+        # 7. Weight decays. Every --unbalancedWD_every updates the spectra of the weights are
+        #    analysed and each module's group gets a new decay: this is the method.
+        update_weight_decays(training.decay, optimizer, update, meter, log)
+
+        # 8. Optimizer step. All decays are scaled by the same factor during the step only, so that
+        #    the ratios between the modules stay as the analysis assigned them.
+        with scaled_decays(optimizer, decay_factor):
+            optimizer.step()
+        optimizer.zero_grad()
+        log.advance()
+        # The running statistics of BatchNorm were changed in the forward pass. If the update was
+        # skipped they are restored.
+        statistics.commit_or_roll_back(optimizer.found_inf)  # type: ignore[attr-defined]  # set in step 4
         if training.ema:
+            # After a skipped update the average moves once more towards the same weights.
             training.ema.update(model)
-        progress = progress | {"update_step": update, "images_seen": progress["images_seen"] + args.total_batch_size}
+        progress = progress | {
+            "update_step": update,
+            "images_seen": progress["images_seen"] + args.total_batch_size,
+        }
 
-        epochs, inside = divmod(update, schedule.epoch)
+        # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read in
+        #    logged updates only.
+        epochs, updates_in_epoch = divmod(update, schedule.epoch)
+        ends_epoch = updates_in_epoch == 0
         last = update == schedule.total
         logs = last or update % args.log_every == 0
-        evaluates = inside == 0 and not args.disable_eval
-        saves = last or inside == 0 and epochs % args.save_ckpt_freq == 0 or args.save_every and update % args.save_every == 0
+        evaluates = ends_epoch and not args.disable_eval
+        saves = (
+            last
+            or (ends_epoch and epochs % args.save_ckpt_freq == 0)
+            or (args.save_every and update % args.save_every == 0)
+        )
         if logs or update == 1:
-            guard.read()
-            record = {"update_step": update, "epoch": update / schedule.epoch, "loss": float(ranks.sum(loss)), "lr": lr}
-            record |= {"weight_decay": eta * mean_decay(optimizer), "grad_norm": float(norm), "skipped_updates": guard.skipped}
-            log.metrics(record | {"images_seen": progress["images_seen"]} | clock.rates(update, progress["images_seen"]))
+            guard.resolve_pending()
+            record = {
+                "update_step": update,
+                "epoch": update / schedule.epoch,
+                "loss": float(ranks.sum(loss)),
+                "lr": lr,
+                "weight_decay": decay_factor * mean_decay(optimizer),
+                "grad_norm": float(norm),
+                "skipped_updates": guard.skipped,
+                "images_seen": progress["images_seen"],
+            }
+            log.metrics(record | meter.rates(update, progress["images_seen"]))
+
+        # 10. Evaluate and save. Neither counts as training time.
         if evaluates:
-            with clock.pause():
+            with meter.exclude():
                 try:
-                    progress["best"] = evaluate_and_log(args, training, data, progress, last, log, ranks)
-                except UserError:  # an image that cannot be read, say: nothing trained is lost for it
-                    save(args, training, data, progress, checkpoints)
+                    progress["best"] = evaluate_and_log(args, run, progress, last, ranks)
+                except UserError:
+                    # For instance a validation image that cannot be read. What has been trained so
+                    # far is saved first.
+                    save(args, run, progress)
                     checkpoints.finish()
                     raise
         if saves:
-            with clock.pause():
-                save(args, training, data, progress, checkpoints)
+            with meter.exclude():
+                save(args, run, progress)
                 saved = update
         if logs or evaluates or saves:
-            gc.collect()  # on all ranks at once, see without_garbage_collection
-    finish(clock, log, ranks)
+            # Python's garbage collector is off, see `without_garbage_collection`. Here it runs on
+            # all ranks at the same time, so that no rank waits for another one's.
+            gc.collect()
+    finish(meter, log, ranks)
     checkpoints.finish()
 
 
-def loss_and_mixup(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:
-    """Mixed labels are smoothed by mixup itself."""
-    if not args.mixes:
-        return LabelSmoothingCrossEntropy(args.smoothing), None
-    mixup = Mixup(
-        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=args.nb_classes,
-    )  # fmt: skip
-    return SoftTargetCrossEntropy(), mixup
-
-
-def two_images_through(model: nn.Module, size: int, ranks: Ranks) -> torch.Tensor:
-    """A pass that leaves the model as it is: BatchNorm's statistics too, and no block dropped."""
-    model.eval()
-    logits = model(torch.zeros(2, 3, size, size, device=ranks.device))
-    model.train()
-    return logits.sum()
+# -------------------------------------------------------------------------------------- gradients
+#
+# The loss of an update is the mean over the images of the global batch. All micro-batches of all
+# ranks have the same size, so it is the mean of their means: each contributes its mean divided by
+# their number, and the gradients of micro-batches and ranks only have to be added.
 
 
 def forward_backward(
-    model: nn.Module, micro_batches: list[Batch], update: int, args: argparse.Namespace, criterion: nn.Module, mixup: Mixup | None,
-    ranks: Ranks,
-) -> torch.Tensor:  # fmt: skip
-    """Gradients of one update. Returns this rank's share of the mean loss over the global batch."""
+    model: nn.Module,
+    micro_batches: list[Batch],
+    update: int,
+    args: argparse.Namespace,
+    criterion: nn.Module,
+    mixup: Mixup | None,
+    ranks: DistributedContext,
+) -> torch.Tensor:
+    """Accumulate the gradients of one update.
+
+    Args:
+        model: the model, wrapped for data-parallel training.
+        micro_batches: this rank's part of the global batch.
+        update: number of the update, which seeds mixup and stochastic depth.
+        args: the arguments of the script.
+        criterion: the loss of a batch, a mean over its images.
+        mixup: mixes images and their labels; None: they are not mixed.
+        ranks: the processes of the run.
+
+    Returns:
+        This rank's share of the mean loss over the global batch, a scalar on the device. The shares
+        of all ranks add up to the mean.
+    """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        images, targets = (batch[key].to(ranks.device, non_blocking=True) for key in ("images", "labels"))
-        # Mixup and drop path draw the same for a micro-batch, whatever rank it is on and whatever came before.
+        images, targets = (
+            batch[key].to(ranks.device, non_blocking=True) for key in ("images", "labels")
+        )
+        # Mixup and stochastic depth draw the same numbers for a micro-batch whatever rank it is on
+        # and whatever was drawn before, so a run can be resumed with another number of ranks.
         seed_everything(args.seed, TRAINING, update, ranks.rank * len(micro_batches) + i)
         if mixup:
             images, targets = mixup(images, targets)
-        # Gradients are exchanged with the last micro-batch only.
-        synchronise = i == len(micro_batches) - 1 or ranks.world_size == 1
-        with contextlib.nullcontext() if synchronise else model.no_sync(), autocast_of(args, ranks):
+        # The ranks sum their gradients once for each update, in the backward pass of the last
+        # micro-batch. Before it each rank accumulates its own.
+        with (
+            exchange_gradients(model, i == len(micro_batches) - 1),
+            autocast_context(args, ranks),
+        ):
             loss = criterion(model(images), targets) / (len(micro_batches) * ranks.world_size)
         loss.backward()
         total += loss.detach()
     return total
 
 
-def rates(args: argparse.Namespace, update: int, schedule: Schedule) -> tuple[float, float]:
-    """The learning rate of an update, and eta over --weight_decay."""
-    lr = args.lr * lr_factor(update, "cosine", schedule.total, schedule.warmup, args.min_lr / args.lr)
-    if args.weight_decay_end is None:
-        return lr, 1.0
-    return lr, lr_factor(update, "cosine", schedule.total, 0, args.weight_decay_end / args.weight_decay)
+def dummy_forward(model: nn.Module, size: int, ranks: DistributedContext) -> torch.Tensor:
+    """Pass zeros through the model in evaluation mode, and return a scalar to differentiate.
+
+    Evaluation mode leaves the statistics of BatchNorm as they are and drops no block.
+    """
+    model.eval()
+    logits = model(torch.zeros(2, 3, size, size, device=ranks.device))
+    model.train()
+    return logits.sum()
+
+
+def autocast_context(args: argparse.Namespace, ranks: DistributedContext) -> torch.autocast:
+    """Return the context in which --use_amp computes in bfloat16."""
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.use_amp)
+
+
+# --------------------------------------------------------------------- evaluation and checkpoints
+#
+# A checkpoint contains the model and its moving average, timm's description of the model, the
+# optimizer, the random states of all ranks, the state of the weight-decay scheduler and the
+# counters. It is copied to host memory while the next update's gradients are computed, and written
+# by a thread while the training goes on. The models with the best accuracy are exported besides, in
+# a format that timm loads.
+
+
+def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: DistributedContext) -> None:
+    """Evaluate the model of --resume or --finetune and print its accuracy."""
+    model = build_model(args)  # with the weights of --finetune, if it is given
+    if args.resume:
+        checkpoint = find_checkpoint(args.resume, Path(args.output_dir), ranks)
+        assert checkpoint is not None  # only `auto` finds none without an error
+        load_weights(model, checkpoint / WEIGHTS)
+    model = model.to(ranks.device)
+    batches = build_val_loader(args, data, ranks)
+    result = evaluate(model, batches, ranks, autocast_context(args, ranks))
+    logger.info(f"{accuracy_line(result)} over {result['eval_images']:,} images")
 
 
 def evaluate_and_log(
-    args: argparse.Namespace, training: Training, data: ImageData, progress: dict, last: bool, log: run_log.RunLog, ranks: Ranks
+    args: argparse.Namespace, run: Run, progress: dict, last: bool, ranks: DistributedContext
 ) -> dict:
-    """Evaluate the model and its moving average, and export them where they are the best so far. Returns the best top-1 of each."""
-    start, autocast, best = time.perf_counter(), autocast_of(args, ranks), dict(progress["best"])
-    models = {"best": training.model} | ({"best_ema": training.ema.module} if args.model_ema_eval else {})
-    results = {name: evaluate(model, validation_part(args, data, ranks), ranks, autocast) for name, model in models.items()}
-    record = results["best"] | {f"ema_{key}": results["best_ema"][key] for key in ("top1", "top5") if "best_ema" in results}
-    update = progress["update_step"]
-    log.metrics({"update_step": update, **record, "eval_seconds": time.perf_counter() - start, "final": last})
+    """Evaluate the model and its moving average, and export each that is the best so far.
+
+    Returns:
+        The best top-1 accuracy of each in percent, by the name of its export.
+    """
+    start, autocast, best = time.perf_counter(), autocast_context(args, ranks), progress["best"]
+    training, update = run.training, progress["update_step"]
+    models = {"best": training.model}
+    if args.model_ema_eval and training.ema:
+        models["best_ema"] = training.ema.module
+    results = {
+        name: evaluate(model, build_val_loader(args, run.data, ranks), ranks, autocast)
+        for name, model in models.items()
+    }
+    record = dict(results["best"])
+    if "best_ema" in results:
+        record |= {f"ema_{key}": results["best_ema"][key] for key in ("top1", "top5")}
+    run.log.metrics(
+        {
+            "update_step": update,
+            **record,
+            "eval_seconds": time.perf_counter() - start,
+            "final": last,
+        }
+    )
+    best = dict(best)
     for name, result in results.items():
-        logger.info(f"update {update}: {accuracy_line(result)}{' of the moving average' if name == 'best_ema' else ''}")
+        which = " of the moving average" if name == "best_ema" else ""
+        logger.info(f"update {update}: {accuracy_line(result)}{which}")
         if result["top1"] > best.get(name, -1.0):
             best[name] = result["top1"]
             if ranks.is_main and args.save_ckpt:
-                export(models[name], training.config, {"update_step": update} | result, Path(args.output_dir) / name)
+                accuracy = {"update_step": update} | result
+                export(models[name], training.config, accuracy, Path(args.output_dir) / name)
     return best
 
 
 def accuracy_line(result: dict) -> str:
-    return f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['eval_loss']:.4f}"
-
-
-def training_part(args: argparse.Namespace, data: ImageData, update: int, ranks: Ranks) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each update after `update` updates."""
-    samples = TrainingSamples(data.train, training_transform(args, data.mirrors), args.skip_bad_images, args.seed)
-    return training_steps(
-        samples, update=update, total_batch_size=args.total_batch_size, batch_size=args.batch_size, rank=ranks.rank,
-        world_size=ranks.world_size, workers=args.num_workers, pin_memory=args.pin_mem and ranks.device.type == "cuda",
-    )  # fmt: skip
-
-
-def validation_part(args: argparse.Namespace, data: ImageData, ranks: Ranks) -> Iterator[Batch]:
-    """This rank's share of the validation images: with --dist_eval false all of them on rank 0."""
-    samples = ValidationSamples(data.validation, validation_transform(args), args.skip_bad_images)
-    rank, world_size = (ranks.rank, ranks.world_size) if args.dist_eval else (0, 1)
-    if rank != ranks.rank:
-        return iter(())
-    pin_memory = args.pin_mem and ranks.device.type == "cuda"
-    return validation_batches(samples, args.batch_size, rank, world_size, args.num_workers, pin_memory)
-
-
-def autocast_of(args: argparse.Namespace, ranks: Ranks) -> torch.autocast:
-    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.use_amp)
-
-
-def save(args: argparse.Namespace, training: Training, data: ImageData, progress: dict, checkpoints: Checkpoints) -> None:
-    if not args.save_ckpt:
-        return
-    arguments = {name: getattr(args, name) for name in DECIDES_THE_FUTURE}
-    decay = training.decay.state_dict() if training.decay else None
-    trainer = {"progress": progress, "decay": decay, "data": data.fingerprint, "arguments": arguments}
-    checkpoints.save(
-        progress["update_step"], training.model, training.optimizer, trainer, config=training.config, extra=training.averages()
+    """Return accuracies and loss as a part of a log line."""
+    return (
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+        f"loss {result['eval_loss']:.4f}"
     )
 
 
-# Arguments that a resumed run must share with the checkpoint to be the same run.
-DECIDES_THE_FUTURE = (
-    "drop_path", "imagenet_default_mean_and_std", "skip_bad_images", "seed", "color_jitter", "aa", "smoothing", "train_interpolation",
-    "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "batch_size",
-    "total_batch_size", "epochs", "optimizer", "lr", "weight_decay", "weight_decay_end", "opt_eps", "opt_betas", "clip_grad", "min_lr",
-    "warmup_epochs", "warmup_steps", "model_ema", "model_ema_decay", "use_amp", "use_modulewise_wd", "alpha_positively_with_WD",
-    "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos", "filter_zeros",
-    "remove_first_layer", "remove_last_layer", "batchnorm", "batchnorm_type", "balance_scope", "esd_async", "esd_lag",
-    "use_AWD_NeurIPS2023", "use_AdaDecay", "iso_budget", "one_shot", "shuffle_decays", "shuffle_seed", "type_constant",
-    "type_multipliers", "adamc", "cautious_decay",
-)  # fmt: skip
+def save(args: argparse.Namespace, run: Run, progress: dict) -> None:
+    """Start to save a checkpoint in the background, with everything that a resumed run needs."""
+    if not args.save_ckpt:
+        return
+    training = run.training
+    trainer = {
+        "progress": progress,
+        "decay": training.decay.state_dict() if training.decay else None,
+        "data": run.data.fingerprint,
+        "arguments": {name: getattr(args, name) for name in RESUME_ARGUMENTS},
+    }
+    run.checkpoints.save(
+        progress["update_step"],
+        training.model,
+        training.optimizer,
+        trainer,
+        config=training.config,
+        extra=training.averages(),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, ARGUMENTS))

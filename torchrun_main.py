@@ -1,139 +1,296 @@
-"""Pretrain LLaMA with AlphaDecay: module-wise weight decay from the spectra of the weights (arXiv 2506.14562).
+"""Pretrain LLaMA with AlphaDecay: module-wise weight decay from heavy-tailed spectra.
 
-    torchrun --nproc_per_node=2 torchrun_main.py --model_config configs/llama_60m.json --use_modulewise_wd \
-        --alpha_positively_with_WD --weight_decay 1e-5
+    torchrun --nproc_per_node=2 torchrun_main.py --model_config configs/llama_60m.json \
+        --use_modulewise_wd --alpha_positively_with_WD --weight_decay 1e-5
 
-Runs on one process (plain python) or several (torchrun), on CPU or GPU, and finds out by itself which. Sections:
-arguments, set-up, the training loop.
+The method is that of He et al., NeurIPS 2025 (arXiv 2506.14562). The script runs on one process
+(plain python) or on several (torchrun), on CPUs or on GPUs, and detects which.
+
+Sections: arguments, set-up, model and optimizer, training loop, gradients, evaluation and
+checkpoints.
 """
 
 import argparse
 import contextlib
 import gc
+import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from alphadecay.cli.flags import add_flags, decay_from_flags, register_decay_hooks
+from alphadecay.cli.presets import parse_arguments as parse_with_method
+from peft_pretraining.cli.llama import RESUME_ARGUMENTS, complete, llama_parser, packing_mode
+from peft_pretraining.cli.main import parse_or_exit, run_script
+
+# -------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line. Raises UserError for arguments that do not fit each other."""
+    parser = llama_parser()
+    add_flags(parser)
+    # torchrun sets WORLD_SIZE. Batch sizes are checked against it before anything is loaded.
+    return complete(parse_with_method(parser), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+
+
+# The command line is parsed before the imports below, which take seconds because of torch:
+# --help and a mistyped flag are answered at once. The imports create hundreds of thousands of
+# objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
+if __name__ == "__main__":
+    ARGUMENTS = parse_or_exit(parse_arguments)
+    gc.disable()
 
 import torch
 import torch.nn as nn
 from loguru import logger
+from torch.optim import Optimizer
 
-from alphadecay.decoupled import split_hidden
-from alphadecay.flags import add_flags, decay_from_flags, reshape_from_flags
-from alphadecay.methods import parse_arguments as parse_with_method
-from peft_pretraining import run_log
-from peft_pretraining.arguments import complete, llama_parser, packing_of
-from peft_pretraining.checkpoint import seed_random_generators, step_of
-from peft_pretraining.data import Step, load_data, merge_positions, training_batches, validation_batches
-from peft_pretraining.distributed import Ranks, process_group, run_script, world_size_of_environment
+from alphadecay.param_groups import split_hidden
+from peft_pretraining.checkpoint.format import step_of
+from peft_pretraining.checkpoint.random_state import seed_random_generators
+from peft_pretraining.checkpoint.save import Checkpoints
+from peft_pretraining.constants import IGNORE_INDEX
+from peft_pretraining.data.dataset import Data, load_data
+from peft_pretraining.data.loader import Step, merge_positions, training_batches, validation_batches
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluation import evaluate
-from peft_pretraining.finite import FiniteGuard
-from peft_pretraining.fsdp import exchange_gradients, shard_model
-from peft_pretraining.interruption import StopRequest
-from peft_pretraining.linear_cross_entropy import choose
-from peft_pretraining.loop import Updates, data_parallel, end_early, finish, mean_decay, next_step, report, without_garbage_collection
-from peft_pretraining.modeling_llama import build_model, load_config, target_rows
-from peft_pretraining.optimizer import build_optimizer
-from peft_pretraining.resuming import begin_records, resume, saved_argument, starting_point
-from peft_pretraining.rows import IGNORED
-from peft_pretraining.saving import Checkpoints
-from peft_pretraining.schedule import lr_factor
-from peft_pretraining.throughput import Clock, Work, llama_flops, profiled
+from peft_pretraining.model.config import LlamaConfig, load_config
+from peft_pretraining.model.linear_cross_entropy import resolve_loss
+from peft_pretraining.model.modeling_llama import TrainableLlama, build_model, target_positions
+from peft_pretraining.optim.gradients import clip_gradients, mean_decay
+from peft_pretraining.optim.nonfinite import NonFiniteGuard
+from peft_pretraining.optim.optimizer import build_optimizer
+from peft_pretraining.optim.schedule import lr_factor
+from peft_pretraining.parallel.ddp import data_parallel
+from peft_pretraining.parallel.fsdp import exchange_gradients, shard_model
+from peft_pretraining.parallel.process_group import DistributedContext, process_group
+from peft_pretraining.records.console import start_logging
+from peft_pretraining.records.run_dir import run_lock
+from peft_pretraining.records.run_log import RunLog
+from peft_pretraining.train.evaluation import evaluate
+from peft_pretraining.train.flops import llama_flops
+from peft_pretraining.train.loop import (
+    finish,
+    next_step,
+    stop_early,
+    without_garbage_collection,
+    write_run_report,
+)
+from peft_pretraining.train.profiler import profiled
+from peft_pretraining.train.resume import (
+    resolve_checkpoint,
+    resume,
+    saved_argument,
+    truncate_records_after,
+)
+from peft_pretraining.train.signals import StopRequest
+from peft_pretraining.train.step import (
+    WeightDecayScheduler,
+    set_learning_rate,
+    update_weight_decays,
+)
+from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
 
-AWD_FACTOR = 100  # lambda_awd = 100 * eta in the published LLaMA runs
+if __name__ == "__main__":
+    gc.enable()
+    gc.freeze()  # later collections do not examine the objects of the libraries again
 
-# -------------------------------------------------------------------------------------------------------------- arguments
+# The baseline AWD (Ghiasi et al. 2023) takes a coefficient lambda_awd. The published LLaMA runs set
+# it to 100 times the weight decay eta.
+AWD_FACTOR = 100
+
+# ----------------------------------------------------------------------------------------- set-up
+#
+# Words used below. An update is one step of the optimizer on a global batch of --total_batch_size
+# sequences. A rank is one process with one device. Each rank processes its part of the global batch
+# in micro-batches of --batch_size sequences, as many as its memory allows.
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = llama_parser()
-    add_flags(parser)
-    return complete(parse_with_method(parser), world_size_of_environment())
+@dataclass(frozen=True)
+class Run:
+    """What the training loop works on.
+
+    Args:
+        model: on this rank's device; not wrapped for data-parallel training.
+        optimizer: its groups carry a weight decay each.
+        decay: sets the decays of the groups; None: they are uniform.
+        data: training and validation sequences.
+        work: operations and tokens of an update.
+        checkpoints: saves in the background.
+        log: records of the run.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    decay: WeightDecayScheduler | None
+    data: Data
+    work: WorkPerStep
+    checkpoints: Checkpoints
+    log: RunLog
 
 
-# ----------------------------------------------------------------------------------------------------------------- set-up
-
-
-def main() -> None:
-    args = parse_arguments()
-    with process_group(args.single_cuda) as ranks, contextlib.ExitStack() as held:
-        run_log.start_logging(ranks)
+def main(args: argparse.Namespace) -> None:
+    """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+    # The stack releases the lock of the run folder and turns garbage collection on again, however
+    # the run ends.
+    with process_group(args.single_cuda) as ranks, contextlib.ExitStack() as stack:
+        # All ranks start from the same seed, so they build the same initial weights and no rank
+        # has to send its own to the others.
+        start_logging(ranks)
         seed_random_generators(args.seed)
         config = load_config(args.model_config)
         run_folder = Path(args.save_dir)
+
+        # Where to start. The lock keeps a second process, for instance a job that was queued twice,
+        # from writing to the same folder.
         if ranks.is_main:
-            held.enter_context(run_log.run_lock(run_folder))
-        args.continue_from, checkpoint = starting_point(args.continue_from, run_folder, ranks)
+            stack.enter_context(run_lock(run_folder))
+        args.continue_from, checkpoint = resolve_checkpoint(args.continue_from, run_folder, ranks)
         done = step_of(checkpoint) if checkpoint else 0
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
             if ranks.is_main:
-                report(run_folder)  # it may have been killed just before its end
+                # The run may have been killed after its last update and before its report.
+                write_run_report(run_folder)
             return
 
+        # Data. Rank 0 fills the caches before the other ranks look into them.
         data = load_data(
-            args.dataset, args.tokenizer, config.vocab_size, args.max_length, args.seed, args.target_eval_tokens,
-            args.validation_file, stream=args.stream, packing=packing_of(args), first=ranks.first,
-        )  # fmt: skip
+            args.dataset,
+            args.tokenizer,
+            config.vocab_size,
+            args.max_length,
+            args.seed,
+            args.target_eval_tokens,
+            args.validation_file,
+            stream=args.stream,
+            packing=packing_mode(args.packing, args.packing_attention),
+            rank_zero_first=ranks.rank_zero_first,
+        )
         logger.info(f"data: {data.description}")
 
-        model = make_model(args, config, data.tokenizer.eos_id, checkpoint, ranks)
+        # Model, weight-decay scheduler, optimizer. The scheduler analyses the initial weights and
+        # decides how the parameters are grouped, so it comes before the optimizer.
+        model = prepare_model(args, config, data.tokenizer.eos_id, checkpoint, ranks)
         parameters = sum(p.numel() for p in model.parameters())
-        logger.info(f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, {ranks.world_size} x {ranks.device.type}")
+        logger.info(
+            f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, "
+            f"{ranks.world_size} x {ranks.device.type}"
+        )
+        decay, optimizer = build_decay_and_optimizer(args, model)
 
-        decay, optimizer = make_optimizer(args, model)
-
+        # Resume. Records that the earlier process wrote after its last checkpoint are removed,
+        # because these updates will be made again.
         progress = {"update_step": 0, "tokens_seen": 0, "position": None}
         if checkpoint:
-            progress = resume(checkpoint, args, args.num_training_steps, model, optimizer, decay, data.fingerprint, ranks)
+            progress = resume(
+                checkpoint,
+                vars(args),
+                args.num_training_steps,
+                model,
+                optimizer,
+                decay,
+                data.fingerprint,
+                ranks,
+            )
         if ranks.is_main:
-            begin_records(checkpoint, run_folder)
-        description = {"name": args.name, "arguments": vars(args), "model_config": config.to_dict(), "parameters": parameters}
-        dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
-        flops = llama_flops(config, args.max_length) * args.max_length
-        work = Work.of("tokens", args.total_batch_size, args.max_length, flops, dtype, ranks)
-        project = None if args.no_wandb else "alphadecay"
-        log = run_log.RunLog(run_folder, ranks, description | work.record(), args.wandb_name, args.tags, project)
-        checkpoints = Checkpoints(run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error)
-        held.enter_context(without_garbage_collection())
-        train(args, model, optimizer, decay, data, progress, work, checkpoints, log, ranks)
+            truncate_records_after(checkpoint, run_folder)
+
+        # Derived numbers, printed and written to run.json: operations per token, and the peak rate
+        # of the devices, which the utilization (MFU) is a fraction of.
+        work = WorkPerStep.measure(
+            "tokens",
+            args.total_batch_size,
+            args.max_length,
+            llama_flops(config, args.max_length) * args.max_length,
+            torch.float32 if args.dtype == "float32" else torch.bfloat16,
+            ranks,
+        )
+        logger.info(
+            f"update: {args.total_batch_size * args.max_length:,} tokens = sequences of "
+            f"{args.max_length:,} x micro-batches of {args.batch_size:,} x "
+            f"{args.gradient_accumulation} accumulated x {ranks.world_size} ranks; "
+            f"{args.num_training_steps:,} updates, {args.warmup_steps:,} of warm-up"
+        )
+        description = {
+            "name": args.name,
+            "arguments": vars(args),
+            "model_config": config.to_dict(),
+            "parameters": parameters,
+        }
+        log = RunLog(
+            run_folder,
+            ranks,
+            description | work.record(),
+            args.wandb_name,
+            args.tags,
+            project=None if args.no_wandb else "alphadecay",
+        )
+        checkpoints = Checkpoints(
+            run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error
+        )
+        stack.enter_context(without_garbage_collection())
+        train(args, Run(model, optimizer, decay, data, work, checkpoints, log), progress, ranks)
 
 
-def make_model(args: argparse.Namespace, config, end_of_document: int, checkpoint: Path | None, ranks: Ranks) -> nn.Module:
-    """The model on this rank's device, with initial weights, as the flags ask for it."""
+# ---------------------------------------------------------------------------- model and optimizer
+#
+# The model is LLaMA (Touvron et al. 2023, arXiv 2302.13971) in the sizes of configs/. AlphaDecay
+# gives each of its modules, such as the query projection of a block, a weight decay of its own. So
+# each module is a parameter group of the optimizer, and changing a decay means writing a number
+# into its group: any optimizer with decoupled or L2 decay can be used as it is.
+
+
+def prepare_model(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    end_of_document: int,
+    checkpoint: Path | None,
+    ranks: DistributedContext,
+) -> nn.Module:
+    """Build the model with initial weights on this rank's device, as the flags ask for it."""
     model = build_model(config, args.use_hf_model)
     if args.dtype == "bfloat16":
+        # The published runs hold the parameters themselves in bfloat16. bf16_mixed keeps them in
+        # float32 and computes in bfloat16 under autocast.
         model = model.to(torch.bfloat16)
     if args.activation_checkpointing:
+        # Activations need most of the memory at long sequences and large micro-batches.
         model.gradient_checkpointing_enable()
     if args.packing_attention == "within":
+        # A packed sequence contains several documents. By default a token attends to all before it,
+        # also to those of other documents, as in most published pretraining runs.
         model.confine_attention(end_of_document)
-    speed_up(args, model, checkpoint, ranks)
+    configure_loss_and_compile(args, model, checkpoint, ranks)
     if args.parallel == "fsdp" and ranks.world_size > 1:
-        return shard_model(model, ranks, args.dtype, args.fsdp_shard_size)  # before anything holds its parameters
+        # Sharding replaces the parameters, so it comes before the optimizer and the weight-decay
+        # scheduler hold references to them.
+        return shard_model(model, ranks, args.dtype, args.fsdp_shard_size)
     return model.to(ranks.device)
 
 
-def make_optimizer(args: argparse.Namespace, model: nn.Module):
-    """What sets the decays (None: they are uniform), and the optimizer with its groups. Raises UserError for what does not go together."""
-    try:
-        decay = decay_from_flags(args, model, AWD_FACTOR)
-        groups = decay.param_groups() if decay else [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
-        reshape_from_flags(args, optimizer)  # --adamc, --cautious_decay
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return decay, optimizer
-
-
-def speed_up(args: argparse.Namespace, model: nn.Module, checkpoint: Path | None, ranks: Ranks) -> None:
-    """Settle what `--loss auto` and `--compile auto` mean here, and prepare the model for it."""
-    before = saved_argument(checkpoint, "loss") if checkpoint else None
+def configure_loss_and_compile(
+    args: argparse.Namespace,
+    model: TrainableLlama,
+    checkpoint: Path | None,
+    ranks: DistributedContext,
+) -> None:
+    """Resolve --loss auto and --compile auto, then configure the model."""
     head = model.lm_head.weight
-    tokens = args.batch_size * (args.max_length - 1)
-    args.loss = choose(args.loss, tokens, tuple(head.shape), head.dtype, autocast_of(args, ranks), ranks, before)
+    # A resumed run uses the loss of the run that it continues: another one would round otherwise,
+    # and the run would no longer be bit-identical to one that was never stopped.
+    args.loss = resolve_loss(
+        args.loss,
+        args.batch_size * (args.max_length - 1),
+        (head.shape[0], head.shape[1]),
+        head.dtype,
+        autocast_context(args, ranks),
+        ranks,
+        loss_of_checkpoint=saved_argument(checkpoint, "loss") if checkpoint else None,
+    )
     model.set_loss(args.loss)
+    # Compilation takes minutes on a CPU, and needs a compiler that may not be installed.
     if args.compile == "auto":
         args.compile = "on" if ranks.device.type == "cuda" else "off"
     if args.compile == "on":
@@ -141,81 +298,215 @@ def speed_up(args: argparse.Namespace, model: nn.Module, checkpoint: Path | None
     logger.info(f"loss: {args.loss}, compiled blocks: {args.compile}")
 
 
-# ------------------------------------------------------------------------------------------------------ the training loop
+def build_decay_and_optimizer(
+    args: argparse.Namespace, model: nn.Module
+) -> tuple[WeightDecayScheduler | None, Optimizer]:
+    """Build the weight-decay scheduler (None: uniform decay) and the optimizer with its groups.
+
+    Raises:
+        UserError: flags that do not fit each other, the model or the optimizer.
+    """
+    try:
+        decay = decay_from_flags(args, model, AWD_FACTOR)
+        if decay is None:
+            # Uniform decay: one group, whose decay nobody changes.
+            groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+        else:
+            # One group for each module that is balanced, and one for the other parameters.
+            groups = decay.param_groups()
+        # Muon takes the hidden matrices only, so the groups are split by whether they are hidden.
+        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
+        register_decay_hooks(args, optimizer)  # --adamc, --cautious_decay
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return decay, optimizer
 
 
-def train(
-    args, model: nn.Module, optimizer, decay, data, progress: dict, work: Work, checkpoints: Checkpoints, log: run_log.RunLog, ranks: Ranks
-) -> None:
-    autocast = autocast_of(args, ranks)
-    guard = FiniteGuard(optimizer, ranks, args.max_skipped_updates)
-    two_tokens = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
-    parallel = data_parallel(model, guard, ranks, lambda parallel: parallel(two_tokens, two_tokens))
-    stop = StopRequest()
-    clock = Clock(work, progress["update_step"], progress["tokens_seen"], ranks.device)
-    steps = training_batches(
-        data.train, seed=args.seed, position=progress["position"], total_batch_size=args.total_batch_size, batch_size=args.batch_size,
-        rank=ranks.rank, world_size=ranks.world_size, workers=args.workers, pin_memory=ranks.device.type == "cuda",
-        max_passes=args.max_passes,
-    )  # fmt: skip
-    steps = clock.timed(steps)
-    updates = Updates(model, optimizer, decay, args.grad_clipping, guard, checkpoints, clock, log)
-    log.modules(decay.history if decay else [])
+# ---------------------------------------------------------------------------------- training loop
+#
+# In an update that is neither logged nor analysed the host does not wait for the device (Muon
+# excepted): what it must know is computed on the CPU or read one update later. So on a GPU the host
+# runs ahead, and the device is never idle.
+#
+# A run that is stopped after any update and resumed from its checkpoint is bit-identical to one
+# that was never stopped. Therefore nothing in the loop may depend on time, on earlier random draws
+# or on counters that are not in the checkpoint.
+
+
+def train(args: argparse.Namespace, run: Run, progress: dict, ranks: DistributedContext) -> None:
+    """Make the remaining updates, with evaluations and checkpoints, and write the summary."""
+    model, optimizer, checkpoints, log = run.model, run.optimizer, run.checkpoints, run.log
+    autocast = autocast_context(args, ranks)
+    guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
+    # DistributedDataParallel orders its gradient buckets in its first pass. A pass on a dummy batch
+    # makes the order the same in new and in resumed runs, and with it the rounding of the sums.
+    dummy_batch = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
+    parallel = data_parallel(
+        model,
+        guard.record_nonfinite,
+        ranks,
+        lambda wrapped: wrapped(dummy_batch, dummy_batch),
+    )
+    stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
+    meter = ThroughputMeter(
+        run.work, progress["update_step"], progress["tokens_seen"], ranks.device
+    )
+    # What a global batch contains depends on the seed and the number of the update only, not on the
+    # number of ranks. A resumed run starts reading at `position`.
+    steps = meter.time_data(
+        training_batches(
+            run.data.train,
+            seed=args.seed,
+            position=progress["position"],
+            total_batch_size=args.total_batch_size,
+            batch_size=args.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            workers=args.workers,
+            pin_memory=ranks.device.type == "cuda",
+            max_passes=args.max_passes,
+        )
+    )
+    log.modules(run.decay.history if run.decay else [])  # the analysis of the initial weights
     log.start_bar(args.num_training_steps, progress["update_step"])
     saved = progress["update_step"]
 
-    for update in profiled(range(saved + 1, args.num_training_steps + 1), args.profile, log.folder, ranks):
-        step, (tokens, targets), ending = next_step(steps, stop, checkpoints, ranks, count_tokens)
-        if ending is None:
-            # Gradient of the mean loss over the global batch's target tokens, summed over micro-batches and ranks.
+    updates = range(saved + 1, args.num_training_steps + 1)
+    for update in profiled(updates, args.profile, log.folder, ranks):
+        # 1. Data. All ranks agree here whether to go on: a signal, data that cannot be read or a
+        #    failed save on one rank must stop all of them at the same update.
+        step, (tokens, targets), stop_reason = next_step(
+            steps, stop, checkpoints, ranks, count_tokens
+        )
+
+        # 2. Gradients of the mean loss per target token of the global batch, summed over
+        #    micro-batches and ranks.
+        if step is not None:
             loss = forward_backward(parallel, step.micro_batches, targets, autocast, ranks)
-            ending = guard.failure(update - 1, "--grad_clipping")  # of the update before, which the device has long finished
-        if ending is not None:
+            # Whether the previous update was finite is read only now, when the device finished it
+            # long ago and this update is queued behind it: the host does not have to wait.
+            stop_reason = guard.failure(update - 1, "--grad_clipping")
+        if stop_reason is not None:
             if saved < update - 1:
-                save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
+                save(args, run, progress, ranks)
             checkpoints.finish()
-            return end_early(ending, update - 1, log, "the same command with --continue_from auto goes on")
+            advice = "the same command with --continue_from auto goes on"
+            return stop_early(stop_reason, update - 1, log, advice)
+        assert step is not None  # `next_step` returns a step or a reason to stop
 
-        # Clip, leave out what is not finite, set the decays (an analysis every `unbalancedWD_every` updates), step.
-        factor = lr_factor(update, args.scheduler, args.num_training_steps, args.warmup_steps, args.min_lr_ratio, args.cycle_length)
-        norm = updates.make(update, loss, args.lr * factor)
-        progress = {"update_step": update, "tokens_seen": progress["tokens_seen"] + tokens, "position": step.position}
+        # 3. Clip the gradients to --grad_clipping, if it is above 0. The norm stays on the device.
+        norm = clip_gradients(model, args.grad_clipping)
 
+        # 4. Check that loss and gradients are finite on all ranks. If they are not, the optimizer
+        #    skips this update; it reads the result on the device, so the host need not wait.
+        guard.check_update(update, loss, norm)
+
+        # 5. A checkpoint of the previous update may still be being copied to host memory. From here
+        #    on the weights change, so the copy must be complete.
+        checkpoints.before_update()
+
+        # 6. Learning rate, a function of the update's number alone: resuming needs no state for it.
+        lr = args.lr * lr_factor(
+            update,
+            args.scheduler,
+            args.num_training_steps,
+            args.warmup_steps,
+            args.min_lr_ratio,
+            args.cycle_length,
+        )
+        set_learning_rate(optimizer, lr)
+
+        # 7. Weight decays. Every --unbalancedWD_every updates the spectra of the weights are
+        #    analysed and each module's group gets a new decay: this is the method.
+        update_weight_decays(run.decay, optimizer, update, meter, log)
+
+        # 8. Optimizer step.
+        optimizer.step()
+        optimizer.zero_grad()
+        log.advance()
+        progress = {
+            "update_step": update,
+            "tokens_seen": progress["tokens_seen"] + tokens,
+            "position": step.position,
+        }
+
+        # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read in
+        #    logged updates only.
         last = update == args.num_training_steps
-        logs, evaluates, saves = (last or update % every == 0 for every in (args.log_every, args.eval_every, args.save_every))
+        logs, evaluates, saves = (
+            last or update % every == 0
+            for every in (args.log_every, args.eval_every, args.save_every)
+        )
         if logs or update == 1:
-            guard.read()
-            loss = float(ranks.sum(loss))  # this and the norm are the only numbers that the step waits for
-            record = {"update_step": update, "loss": loss, "lr": args.lr * factor, "weight_decay": mean_decay(optimizer)}
-            record |= {"grad_norm": float(norm), "tokens_seen": progress["tokens_seen"], "skipped_updates": guard.skipped}
-            log.metrics(record | clock.rates(update, progress["tokens_seen"]))
+            guard.resolve_pending()
+            record = {
+                "update_step": update,
+                "loss": float(ranks.sum(loss)),
+                "lr": lr,
+                "weight_decay": mean_decay(optimizer),
+                "grad_norm": float(norm),
+                "tokens_seen": progress["tokens_seen"],
+                "skipped_updates": guard.skipped,
+            }
+            log.metrics(record | meter.rates(update, progress["tokens_seen"]))
+
+        # 10. Evaluate and save. Neither counts as training time.
         if evaluates:
-            with clock.pause():
-                evaluate_and_log(args, model, data, update, autocast, log, ranks)
+            with meter.exclude():
+                evaluate_and_log(args, run, update, autocast, ranks)
         if saves:
-            with clock.pause():
-                save(args, model, optimizer, decay, data, progress, checkpoints, ranks)
+            with meter.exclude():
+                save(args, run, progress, ranks)
                 saved = update
         if logs or evaluates or saves:
-            gc.collect()  # on all ranks at once, see without_garbage_collection
-    finish(clock, log, ranks)
+            # Python's garbage collector is off, see `without_garbage_collection`. Here it runs on
+            # all ranks at the same time, so that no rank waits for another one's.
+            gc.collect()
+    finish(meter, log, ranks)
     checkpoints.finish()
 
 
-def count_tokens(step: Step | None) -> list[int]:
-    """Tokens without pads, and target tokens, of this rank's part of an update."""
-    labels = [batch["labels"] for batch in step.micro_batches] if step else []
-    return [sum(int((y[:, start:] != IGNORED).sum()) for y in labels) for start in (0, 1)]
+# -------------------------------------------------------------------------------------- gradients
+#
+# The loss of an update is the mean over all target tokens of the global batch,
+#     L = (sum of the negative log-likelihoods over ranks, micro-batches and tokens) / targets.
+# Each micro-batch contributes its sum divided by the global number of targets, so that the
+# gradients of micro-batches and ranks only have to be added. Averaging the means of micro-batches
+# instead would give tokens in batches with much padding a larger weight.
 
 
-def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, autocast, ranks: Ranks) -> torch.Tensor:
-    """Gradients of one update. Returns this rank's share of the mean loss per target token of the global batch."""
+def forward_backward(
+    model: nn.Module,
+    micro_batches: list[dict],
+    targets: int,
+    autocast: contextlib.AbstractContextManager,
+    ranks: DistributedContext,
+) -> torch.Tensor:
+    """Accumulate the gradients of one update.
+
+    Args:
+        model: the model, wrapped for data-parallel training.
+        micro_batches: this rank's part of the global batch.
+        targets: target tokens of the global batch, over all ranks.
+        autocast: the context of the forward pass.
+        ranks: the processes of the run.
+
+    Returns:
+        This rank's share of the mean loss per target token of the global batch, a scalar on the
+        device. The shares of all ranks add up to the mean.
+    """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        rows = target_rows(batch["labels"])  # on the CPU: how many there are is not asked of the device
-        rows = rows.pin_memory() if ranks.device.type == "cuda" else rows
-        inputs = (x.to(ranks.device, non_blocking=True) for x in (batch["input_ids"], batch["labels"], rows))
-        # Gradients are exchanged with the last micro-batch only.
+        # The positions of the targets are found on the CPU. On a GPU the host would have to wait
+        # for their number, which the shapes that follow depend on.
+        positions = target_positions(batch["labels"])
+        positions = positions.pin_memory() if ranks.device.type == "cuda" else positions
+        inputs = (
+            x.to(ranks.device, non_blocking=True)
+            for x in (batch["input_ids"], batch["labels"], positions)
+        )
+        # The ranks sum their gradients once for each update, in the backward pass of the last
+        # micro-batch. Before it each rank accumulates its own.
         with exchange_gradients(model, i == len(micro_batches) - 1), autocast:
             loss = model(*inputs) / max(targets, 1)
         loss.backward()
@@ -223,41 +514,72 @@ def forward_backward(model: nn.Module, micro_batches: list[dict], targets: int, 
     return total
 
 
-def autocast_of(args: argparse.Namespace, ranks: Ranks) -> torch.autocast:
+def count_tokens(step: Step | None) -> list[int]:
+    """Count the tokens without padding, and the target tokens, of this rank's part of an update."""
+    labels = [batch["labels"] for batch in step.micro_batches] if step else []
+    # The first token of a sequence is a token, but nothing predicts it.
+    return [sum(int((y[:, start:] != IGNORE_INDEX).sum()) for y in labels) for start in (0, 1)]
+
+
+def autocast_context(args: argparse.Namespace, ranks: DistributedContext) -> torch.autocast:
+    """Return the context in which --dtype bf16_mixed computes in bfloat16."""
     return torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bf16_mixed")
 
 
-def evaluate_and_log(args, model: nn.Module, data, update: int, autocast, log: run_log.RunLog, ranks: Ranks) -> None:
+# --------------------------------------------------------------------- evaluation and checkpoints
+#
+# A checkpoint contains the model in transformers' format, the tokenizer, the optimizer, the random
+# states of all ranks, the state of the weight-decay scheduler and the position in the data. It is
+# copied to host memory while the next update's gradients are computed, and written by a thread
+# while the training goes on.
+
+
+def evaluate_and_log(
+    args: argparse.Namespace,
+    run: Run,
+    update: int,
+    autocast: contextlib.AbstractContextManager,
+    ranks: DistributedContext,
+) -> None:
+    """Evaluate on the validation data, and log loss and perplexity."""
     start = time.perf_counter()
-    batches = validation_batches(data.validation, args.batch_size, ranks.rank, ranks.world_size)
-    result = evaluate(model, batches, ranks, autocast)
-    final = update == args.num_training_steps
-    log.metrics({"update_step": update, **result, "eval_seconds": time.perf_counter() - start, "final": final})
+    batches = validation_batches(run.data.validation, args.batch_size, ranks.rank, ranks.world_size)
+    # The model itself is evaluated, not its data-parallel wrapper: no gradients are exchanged.
+    result = evaluate(run.model, batches, ranks, autocast)
+    run.log.metrics(
+        {
+            "update_step": update,
+            **result,
+            "eval_seconds": time.perf_counter() - start,
+            "final": update == args.num_training_steps,
+        }
+    )
+    # The published code averages with a bias; its perplexity is printed for comparison with
+    # published tables only.
     logger.info(
-        f"update {update}: validation loss {result['eval_loss']:.4f}, perplexity {result['perplexity']:.2f} over "
-        f"{result['eval_tokens']:,} tokens (reference_perplexity {result['reference_perplexity']:.2f})"
+        f"update {update}: validation loss {result['eval_loss']:.4f}, "
+        f"perplexity {result['perplexity']:.2f} over {result['eval_tokens']:,} tokens "
+        f"(reference_perplexity {result['reference_perplexity']:.2f})"
     )
 
 
-def save(args, model: nn.Module, optimizer, decay, data, progress: dict, checkpoints: Checkpoints, ranks: Ranks) -> None:
-    arguments = {name: getattr(args, name) for name in DECIDES_THE_FUTURE}
-    positions = ranks.gather(progress["position"])
-    if ranks.is_main:  # where the data stand for all ranks, so that another number of them can go on
+def save(args: argparse.Namespace, run: Run, progress: dict, ranks: DistributedContext) -> None:
+    """Start to save a checkpoint in the background, with everything that a resumed run needs."""
+    positions = ranks.gather_objects(progress["position"])
+    if positions is not None:  # on rank 0
+        # The positions of all ranks are merged, so that a run can be resumed with another number
+        # of ranks.
         progress = progress | {"position": merge_positions(positions)}
-    trainer = {"progress": progress, "decay": decay.state_dict() if decay else None, "data": data.fingerprint, "arguments": arguments}
-    checkpoints.save(progress["update_step"], model, optimizer, trainer, data.tokenizer.hf)
-
-
-# Arguments that a resumed run must share with the checkpoint to be the same run.
-DECIDES_THE_FUTURE = (
-    "use_hf_model", "loss", "compile", "optimizer", "lr", "weight_decay", "total_batch_size", "num_training_steps", "warmup_steps",
-    "scheduler", "cycle_length", "min_lr_ratio", "grad_clipping", "dtype", "seed", "use_modulewise_wd", "alpha_positively_with_WD",
-    "unbalancedWD_every", "esd_metric_for_tb", "assign_func", "wd_min_ratio", "wd_max_ratio", "pl_fitting", "xmin_pos",
-    "filter_zeros", "remove_first_layer", "remove_last_layer", "balance_scope", "esd_async", "esd_lag", "use_AWD_NeurIPS2023",
-    "use_AdaDecay", "iso_budget", "one_shot", "shuffle_decays", "shuffle_seed", "type_constant", "type_multipliers", "adamc",
-    "cautious_decay",
-)  # fmt: skip
+    trainer = {
+        "progress": progress,
+        "decay": run.decay.state_dict() if run.decay else None,
+        "data": run.data.fingerprint,
+        "arguments": {name: getattr(args, name) for name in RESUME_ARGUMENTS},
+    }
+    run.checkpoints.save(
+        progress["update_step"], run.model, run.optimizer, trainer, run.data.tokenizer.hf
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, ARGUMENTS))

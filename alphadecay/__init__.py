@@ -3,12 +3,14 @@
 from alphadecay.analysis import analyze
 from alphadecay.assignment import MAPS, assign_decays
 from alphadecay.balancer import AlphaDecay
-from alphadecay.baselines import AWD, AdaDecay
-from alphadecay.decoupled import reshape_decay, split_hidden
+from alphadecay.baselines.adadecay import AdaDecay
+from alphadecay.baselines.awd import AWD
+from alphadecay.decay_hooks import install_decay_hooks
 from alphadecay.modules import SCOPES, balanced_modules
-from alphadecay.power_law import METHODS, PowerLaw, UndefinedPowerLaw, fit_power_law
-from alphadecay.spectra import eigenvalues
-from alphadecay.statistics import METRICS
+from alphadecay.param_groups import split_hidden
+from alphadecay.spectral.eigenvalues import eigenvalues
+from alphadecay.spectral.power_law import METHODS, PowerLaw, UndefinedPowerLaw, fit_power_law
+from alphadecay.spectral.statistics import METRICS
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +28,6 @@ __all__ = [
     "balanced_modules",
     "eigenvalues",
     "fit_power_law",
-    "reshape_decay",
+    "install_decay_hooks",
     "split_hidden",
 ]

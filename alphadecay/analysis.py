@@ -4,12 +4,15 @@ import math
 
 import torch.nn as nn
 
-from alphadecay.engine import SpectralEngine, gradient_norms
 from alphadecay.modules import spectral_modules
-from alphadecay.statistics import FAILURES
+from alphadecay.norms import gradient_norms
+from alphadecay.spectral.engine import SpectralEngine
+from alphadecay.spectral.statistics import FAILURES
 
 
-def analyze(model: nn.Module, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False) -> list[dict]:
+def analyze(
+    model: nn.Module, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False
+) -> list[dict]:
     """One dictionary for each Linear, Conv2d and Conv1D of a model: module, type, block, shape, the statistics
     (None where undefined) and the reason why alpha is undefined, else None. The fit is as in `fit_power_law`."""
     modules = spectral_modules(model)
@@ -21,6 +24,11 @@ def analyze(model: nn.Module, method: str = "median", xmin_pos: float = 2.0, fil
         numbers = {name: None if math.isnan(value) else value for name, value in row.items()}
         if module.weight.grad is None:  # the balancer scores it 10, but there is nothing to look at
             numbers |= {"gradnorm": None, "gradnorm_d_weightnorm": None}
-        place = {"module": module.name, "type": module.type, "block": module.block, "shape": tuple(module.weight.shape)}
+        place = {
+            "module": module.name,
+            "type": module.type,
+            "block": module.block,
+            "shape": tuple(module.weight.shape),
+        }
         table.append(place | numbers | {"reason": FAILURES[failure]})
     return table

@@ -50,7 +50,9 @@ def assign_decays(
     else:
         ratios = _share(scores, torch.sqrt if mapping == "tb_sqrt" else torch.log2)
     if not (torch.isfinite(ratios).all() and (ratios >= 0).all()):
-        raise ValueError(f"{mapping} gives no decay >= 0 for scores from {scores.min():.4g} to {scores.max():.4g}; use tb_linear_map")
+        raise ValueError(
+            f"{mapping} gives no decay >= 0 for scores from {scores.min():.4g} to {scores.max():.4g}; use tb_linear_map"
+        )
     return weight_decay * ratios
 
 
@@ -66,7 +68,9 @@ def _quantile(scores: Tensor, min_ratio: float, max_ratio: float) -> Tensor:
         return _linear(scores, min_ratio, max_ratio)
     ordered = scores.sort().values
     below, up_to = (torch.searchsorted(ordered, scores, right=right) for right in (False, True))
-    ranks = (below + up_to - 1).double() / 2  # from 0; the mean of the places that equal scores take together
+    ranks = (
+        below + up_to - 1
+    ).double() / 2  # from 0; the mean of the places that equal scores take together
     return ranks / (len(scores) - 1) * (max_ratio - min_ratio) + min_ratio
 
 

@@ -2,8 +2,7 @@
 
 import logging
 import math
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -12,12 +11,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alphadecay.assignment import MAPS, assign_decays
-from alphadecay.controls import constant_ratios, permutation, shape_multipliers, to_budget
-from alphadecay.engine import SpectralEngine, gradient_norms
+from alphadecay.async_analysis import AsyncAnalysis
+from alphadecay.controls import constant_ratios, permutation, rescale_to_mean, shape_multipliers
+from alphadecay.distributed import (
+    agreed_choices,
+    assign_owners,
+    check_agreement,
+    gather_rows,
+    is_sharded,
+    rank_and_size,
+    whole_weight,
+)
 from alphadecay.modules import BalancedModule, balanced_modules, batchnorm_followers, unwrap
-from alphadecay.power_law import METHODS
-from alphadecay.sharding import agreed_choices, assign_owners, check_agreement, gather_rows, is_sharded, rank_and_size, whole_weight
-from alphadecay.statistics import COLUMNS, FAILURES, METRICS, SOLVER_FAILED, empty_row
+from alphadecay.norms import gradient_norms
+from alphadecay.param_groups import check_has_weight_decay, sub_group
+from alphadecay.spectral.engine import SpectralEngine
+from alphadecay.spectral.power_law import METHODS
+from alphadecay.spectral.statistics import COLUMNS, FAILURES, METRICS, SOLVER_FAILED, empty_row
 
 logger = logging.getLogger(__name__)
 
@@ -101,20 +111,32 @@ class AlphaDecay:
         _check_choice("map", mapping, MAPS)
         _check_choice("fit", method, METHODS)
         if not xmin_pos > 1:
-            raise ValueError(f"xmin_pos is {xmin_pos}: it must be above 1 (2 fits the upper half of the spectrum)")
+            raise ValueError(
+                f"xmin_pos is {xmin_pos}: it must be above 1 (2 fits the upper half of the spectrum)"
+            )
         self.model = unwrap(model)
         self.weight_decay = weight_decay
         self.every = every
         self.metric = metric
         self.updates = 0
         self.history: list[dict] = []
-        self._map = {"mapping": mapping, "min_ratio": min_ratio, "max_ratio": max_ratio, "positive": positive}
+        self._map = {
+            "mapping": mapping,
+            "min_ratio": min_ratio,
+            "max_ratio": max_ratio,
+            "positive": positive,
+        }
         self._fit = {"method": method, "xmin_pos": xmin_pos, "filter_zeros": filter_zeros}
         self._group = process_group
         self._lag = lag
-        self._controls = {"shuffle_seed": shuffle_seed, "iso_budget": iso_budget, "type_constant": type_constant, "one_shot": one_shot}
+        self._controls = {
+            "shuffle_seed": shuffle_seed,
+            "iso_budget": iso_budget,
+            "type_constant": type_constant,
+            "one_shot": one_shot,
+        }
         self._engine = SpectralEngine(timeout)
-        self._pending: _Pending | None = None
+        self._pending: AsyncAnalysis | None = None
         self._stream: torch.cuda.Stream | None = None
         limit = {"min_eigenvalues": 0} if metric == "gradnorm" else {}
         self.modules = balanced_modules(self.model, scope, remove_first, remove_last, **limit)
@@ -127,15 +149,27 @@ class AlphaDecay:
         rank, world_size = rank_and_size(process_group)
         self._owners = assign_owners([m.cost for m in self.modules], world_size)
         self._owned = [i for i, owner in enumerate(self._owners) if owner == rank]
-        self._followers = batchnorm_followers(self.model, self.modules, batchnorm_type) if batchnorm else {}
+        self._followers = (
+            batchnorm_followers(self.model, self.modules, batchnorm_type) if batchnorm else {}
+        )
         self.weight_decays = {m.name: float(weight_decay) for m in self.modules}
-        self._sources = list(range(len(self.modules))) if shuffle_seed is None else permutation(len(self.modules), shuffle_seed)
+        self._shuffle_order = (
+            list(range(len(self.modules)))
+            if shuffle_seed is None
+            else permutation(len(self.modules), shuffle_seed)
+        )
         self._budget = self._sizes() if iso_budget else None
         self._ratios: Tensor | None = None  # of type_constant
         if type_constant:
-            multipliers = shape_multipliers(self.modules, min_ratio, max_ratio) if type_multipliers is None else type_multipliers
+            multipliers = (
+                shape_multipliers(self.modules, min_ratio, max_ratio)
+                if type_multipliers is None
+                else type_multipliers
+            )
             self._ratios = constant_ratios(self.modules, multipliers)
-        self._written = True  # param_groups() and attach() hand out the decays of construction themselves
+        self._groups_up_to_date = (
+            True  # param_groups() and attach() hand out the decays of construction themselves
+        )
         self._rebalance(self._table())
         # The ranks tried solvers on their own; from here on all use the same, and a resumed run those of the saved one.
         self._engine.solvers = agreed_choices(self._engine.solvers, process_group)
@@ -149,7 +183,11 @@ class AlphaDecay:
             if parameter.requires_grad:
                 parts[owner.get(parameter)].append(parameter)
         decays = {None: float(self.weight_decay)} | self.weight_decays
-        return [{"params": p, "module": name, "weight_decay": decays[name]} for name, p in parts.items() if p]
+        return [
+            {"params": p, "module": name, "weight_decay": decays[name]}
+            for name, p in parts.items()
+            if p
+        ]
 
     def attach(self, optimizer: Optimizer) -> None:
         """Split the groups of an existing optimizer so that each balanced module has its own, and write the decays.
@@ -162,19 +200,23 @@ class AlphaDecay:
                 already, or a learning-rate scheduler has already been built on it.
         """
         groups = optimizer.param_groups
-        _check_decays(optimizer)
+        check_has_weight_decay(optimizer)
         if any("module" in group for group in groups):
-            raise ValueError("the optimizer's groups are named by module already: attach once, and not after param_groups()")
+            raise ValueError(
+                "the optimizer's groups are named by module already: attach once, and not after param_groups()"
+            )
         if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
-            raise ValueError("a learning-rate scheduler already counts this optimizer's groups: attach first, then build the scheduler")
-        self._check_placeable(groups)
+            raise ValueError(
+                "a learning-rate scheduler already counts this optimizer's groups: attach first, then build the scheduler"
+            )
+        self._check_optimizer_covers_model(groups)
         owner = self._owners_of_parameters()
         split = []
         for group in groups:
             in_group = set(group["params"])
             leaders = {m.name for m in self.modules if m.weight in in_group}
             names = [owner.get(p) if owner.get(p) in leaders else None for p in group["params"]]
-            split += [_part(group, names, name) for name in dict.fromkeys(names)]
+            split += [sub_group(group, names, name) for name in dict.fromkeys(names)]
         optimizer.param_groups[:] = split
         self._write(optimizer)
 
@@ -191,20 +233,27 @@ class AlphaDecay:
             rebalanced = True
         if self._is_due():
             if self._lag:
-                self._pending = self._launch()
+                self._pending = self._start_async_analysis()
             else:
                 self._rebalance(self._table())
                 rebalanced = True
-        if rebalanced or not self._written:
+        if rebalanced or not self._groups_up_to_date:
             self._write(optimizer)
         return rebalanced
 
     def state_dict(self) -> dict:
         """What decides the future: the number of updates, the decays by module name, the solvers. With `lag` above 0 also the
         statistics of an analysis under way, for which this waits, and all ranks must call it together."""
-        state = {"updates": self.updates, "weight_decays": dict(self.weight_decays), "solvers": dict(self._engine.solvers)}
+        state = {
+            "updates": self.updates,
+            "weight_decays": dict(self.weight_decays),
+            "solvers": dict(self._engine.solvers),
+        }
         if self._pending is not None:
-            state["pending"] = {"update": self._pending.update, "rows": self._finish_pending().tolist()}
+            state["pending"] = {
+                "update": self._pending.update,
+                "rows": self._finish_pending().tolist(),
+            }
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -221,10 +270,14 @@ class AlphaDecay:
             )
         self.updates = state["updates"]
         self.weight_decays = {name: state["weight_decays"][name] for name in self.weight_decays}
-        self._written = False
+        self._groups_up_to_date = False
         self._engine.solvers = dict(state["solvers"])
         pending = state.get("pending")
-        self._pending = _Pending(pending["update"], torch.tensor(pending["rows"], dtype=torch.float64)) if pending else None
+        self._pending = (
+            AsyncAnalysis(pending["update"], torch.tensor(pending["rows"], dtype=torch.float64))
+            if pending
+            else None
+        )
 
     def _is_due(self) -> bool:
         """Whether this update analyses the weights."""
@@ -235,7 +288,9 @@ class AlphaDecay:
     def _table(self) -> Tensor:
         """Statistics of the weights of now and failure codes, the same on all ranks: [M, columns + 1] float64."""
         if self._ratios is not None:
-            return torch.tensor([[*empty_row(math.nan).values(), 0]] * len(self.modules), dtype=torch.float64)
+            return torch.tensor(
+                [[*empty_row(math.nan).values(), 0]] * len(self.modules), dtype=torch.float64
+            )
         return self._gather(self._analyze(*self._snapshot()))
 
     def _rebalance(self, table: Tensor) -> None:
@@ -244,8 +299,12 @@ class AlphaDecay:
         score = COLUMNS.index(self.metric)
         reasons = [FAILURES[code] for code in failures]
         try:
-            decays = self._place(self._assign(rows[:, score], [i for i, reason in enumerate(reasons) if reason is None]))
-            reasons = [reasons[source] for source in self._sources]
+            decays = self._apply_controls(
+                self._assign(
+                    rows[:, score], [i for i, reason in enumerate(reasons) if reason is None]
+                )
+            )
+            reasons = [reasons[source] for source in self._shuffle_order]
         except ValueError as error:
             if self.updates == 0:
                 raise
@@ -255,20 +314,29 @@ class AlphaDecay:
         for module, row, reason in zip(self.modules, rows.tolist(), reasons, strict=True):
             self.history.append(self._record(module, row, reason, row[score]))
             if reason and rank_and_size(self._group)[0] == 0:
-                logger.warning("update %d: %s keeps its weight decay: %s", self.updates, module.name, reason)
+                logger.warning(
+                    "update %d: %s keeps its weight decay: %s", self.updates, module.name, reason
+                )
 
     def _assign(self, scores: Tensor, sound: list[int]) -> dict[int, float]:
         """Decay of each sound module, by its index."""
         if self._ratios is not None:
             decays = self.weight_decay * self._ratios
         else:
-            decays = assign_decays(scores[sound], self.weight_decay, blocks=[self.modules[i].block for i in sound], **self._map)
+            decays = assign_decays(
+                scores[sound],
+                self.weight_decay,
+                blocks=[self.modules[i].block for i in sound],
+                **self._map,
+            )
         return dict(zip(sound, decays.tolist(), strict=True))
 
-    def _place(self, decays: dict[int, float]) -> dict[int, float]:
+    def _apply_controls(self, decays: dict[int, float]) -> dict[int, float]:
         """The controls that act on decays, whatever gave them: module i takes that of module sources[i], at the same budget."""
-        decays = {i: decays[source] for i, source in enumerate(self._sources) if source in decays}
-        return to_budget(decays, self._budget, self.weight_decay) if self._budget else decays
+        decays = {
+            i: decays[source] for i, source in enumerate(self._shuffle_order) if source in decays
+        }
+        return rescale_to_mean(decays, self._budget, self.weight_decay) if self._budget else decays
 
     def _sizes(self) -> list[int]:
         """Parameters that take each module's decay."""
@@ -282,15 +350,24 @@ class AlphaDecay:
         norms = gradient_norms([m.weight for m in self.modules])
         if self.metric == "gradnorm":
             return [], [norms[i] for i in self._owned]
-        whole = [whole_weight(m.weight, owner, self._group) for m, owner in zip(self.modules, self._owners, strict=True)]
+        whole = [
+            whole_weight(m.weight, owner, self._group)
+            for m, owner in zip(self.modules, self._owners, strict=True)
+        ]
         return [whole[i] for i in self._owned], [norms[i] for i in self._owned]
 
-    def _analyze(self, weights: list[Tensor], norms: list[float], background: bool = False) -> Tensor:
+    def _analyze(
+        self, weights: list[Tensor], norms: list[float], background: bool = False
+    ) -> Tensor:
         """Statistics and failure code of the modules that this rank owns, zeros for the others: [M, columns + 1] float64."""
         table = torch.zeros(len(self.modules), len(COLUMNS) + 1, dtype=torch.float64)
         try:
-            rows = self._engine.rows(weights, norms, self.metric, background=background, **self._fit)
-        except Exception:  # out of memory, say: the other ranks wait for this one's rows all the same
+            rows = self._engine.rows(
+                weights, norms, self.metric, background=background, **self._fit
+            )
+        except (
+            Exception
+        ):  # out of memory, say: the other ranks wait for this one's rows all the same
             logger.exception("the analysis failed on this rank")
             rows = [(empty_row(norm), SOLVER_FAILED) for norm in norms]
         for i, (row, failure) in zip(self._owned, rows, strict=True):
@@ -300,14 +377,19 @@ class AlphaDecay:
     def _gather(self, table: Tensor) -> Tensor:
         return gather_rows(table, self._owned, self.modules[0].weight.device, self._group)
 
-    def _launch(self) -> "_Pending":
+    def _start_async_analysis(self) -> "AsyncAnalysis":
         """Begin an analysis of the weights of now, beside the training."""
         weights, norms = self._snapshot()
         # A sharded weight has just been put together for this; any other is the parameter itself, which training goes on to change.
-        copies = [w if is_sharded(self.modules[i].weight) else w.clone() for w, i in zip(weights, self._owned, strict=False)]
-        pending = _Pending(self.updates)
+        copies = [
+            w if is_sharded(self.modules[i].weight) else w.clone()
+            for w, i in zip(weights, self._owned, strict=False)
+        ]
+        pending = AsyncAnalysis(self.updates)
         if self._stream is None and copies and copies[0].is_cuda:
-            self._stream = torch.cuda.Stream(copies[0].device)  # one for all analyses: the allocator keeps a pool for each
+            self._stream = torch.cuda.Stream(
+                copies[0].device
+            )  # one for all analyses: the allocator keeps a pool for each
         pending.start(lambda: self._analyze(copies, norms, background=True), copies, self._stream)
         return pending
 
@@ -319,14 +401,23 @@ class AlphaDecay:
 
     def _check_ranks(self) -> None:
         """Every rank must analyse the same modules at the same updates on the same kind of device."""
-        settings = {"every": self.every, "lag": self._lag, "metric": self.metric, "eta": self.weight_decay} | self._map | self._fit
+        settings = (
+            {"every": self.every, "lag": self._lag, "metric": self.metric, "eta": self.weight_decay}
+            | self._map
+            | self._fit
+        )
         settings |= self._controls
         device = f"device {next(iter(self.model.parameters())).device.type}"
         modules = [f"{m.name} {tuple(m.weight.shape)}" for m in self.modules]
         check_agreement([device, *(f"{k}={v}" for k, v in settings.items()), *modules], self._group)
 
-    def _record(self, module: BalancedModule, row: list[float], reason: str | None, score: float) -> dict:
-        number = {name: None if math.isnan(value) else value for name, value in zip(COLUMNS, row, strict=True)}
+    def _record(
+        self, module: BalancedModule, row: list[float], reason: str | None, score: float
+    ) -> dict:
+        number = {
+            name: None if math.isnan(value) else value
+            for name, value in zip(COLUMNS, row, strict=True)
+        }
         return {
             "step": self.updates,
             "module": module.name,
@@ -348,7 +439,7 @@ class AlphaDecay:
                         owner.setdefault(parameter, balanced.name)
         return owner
 
-    def _check_placeable(self, groups: list[dict]) -> None:
+    def _check_optimizer_covers_model(self, groups: list[dict]) -> None:
         own = set(self.model.parameters())
         held = set()
         for index, group in enumerate(groups):
@@ -361,74 +452,43 @@ class AlphaDecay:
             held.update(group["params"])
         for module in self.modules:
             if module.weight not in held:
-                raise ValueError(f"the optimizer does not hold the weight of {module.name}: build it with all of the model's parameters")
+                raise ValueError(
+                    f"the optimizer does not hold the weight of {module.name}: build it with all of the model's parameters"
+                )
 
     def _write(self, optimizer: Optimizer) -> None:
-        _check_decays(optimizer)
-        missing = set(self.weight_decays) - {group.get("module") for group in optimizer.param_groups}
+        check_has_weight_decay(optimizer)
+        missing = set(self.weight_decays) - {
+            group.get("module") for group in optimizer.param_groups
+        }
         if missing:
             first = next(name for name in self.weight_decays if name in missing)
-            raise ValueError(f"the optimizer has no group for {first}: build it with decay.param_groups() or call decay.attach(optimizer)")
-        for group in optimizer.param_groups:  # several may be of one module, where its weight and its bias are optimized apart
+            raise ValueError(
+                f"the optimizer has no group for {first}: build it with decay.param_groups() or call decay.attach(optimizer)"
+            )
+        for group in (
+            optimizer.param_groups
+        ):  # several may be of one module, where its weight and its bias are optimized apart
             if group.get("module") is not None:
                 group["weight_decay"] = self.weight_decays[group["module"]]
-        self._written = True
+        self._groups_up_to_date = True
 
 
-class _Pending:
-    """An analysis that runs on a thread of its own. update: the one whose weights it sees; table: its result on all ranks."""
-
-    def __init__(self, update: int, table: Tensor | None = None):
-        self.update, self.table = update, table
-        self._result: list[Tensor] = []
-        self._thread: threading.Thread | None = None
-
-    def start(self, analyze: Callable[[], Tensor], copies: list[Tensor], stream: "torch.cuda.Stream | None") -> None:
-        """Run `analyze`; on a GPU on the side stream, which first waits for the copies to be made."""
-
-        def run() -> None:
-            if stream is None:
-                self._result.append(analyze())
-                return
-            with torch.cuda.stream(stream):
-                self._result.append(analyze())
-
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(copies[0].device))
-            for copy in copies:
-                copy.record_stream(stream)
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-
-    def wait(self) -> Tensor:
-        """This rank's table. It comes: each module has its timeout, and an error marks its rows."""
-        self._thread.join()
-        return self._result[0]
-
-
-def _part(group: dict, names: list[str | None], name: str | None) -> dict:
-    """The part of an optimizer's group whose parameters go by `name`; `names` is parallel to its parameters."""
-    chosen = [i for i, n in enumerate(names) if n == name]
-    part = group | {"params": [group["params"][i] for i in chosen], "module": name}
-    if "param_names" in group:  # torch's optimizers over named parameters keep this parallel to params
-        part["param_names"] = [group["param_names"][i] for i in chosen]
-    return part
-
-
-def _check_decays(optimizer: Optimizer) -> None:
-    if "weight_decay" not in optimizer.defaults:
-        raise ValueError(f"{type(optimizer).__name__} has no weight decay: use an optimizer that has, such as AdamW")
-
-
-def _check_settings(weight_decay: float, min_ratio: float, max_ratio: float, every: int, lag: int) -> None:
+def _check_settings(
+    weight_decay: float, min_ratio: float, max_ratio: float, every: int, lag: int
+) -> None:
     if not (weight_decay >= 0 and math.isfinite(weight_decay)):
         raise ValueError(f"weight_decay is {weight_decay}: it must be a finite number, 0 or more")
     if not 0 <= min_ratio <= max_ratio or not math.isfinite(max_ratio):
-        raise ValueError(f"the ratios are out of order: 0 <= min_ratio <= max_ratio must hold, not {min_ratio} and {max_ratio}")
+        raise ValueError(
+            f"the ratios are out of order: 0 <= min_ratio <= max_ratio must hold, not {min_ratio} and {max_ratio}"
+        )
     if not (isinstance(every, int) and every >= 1):
         raise ValueError(f"every is {every}: it must be a whole number of updates, 1 or more")
     if not 0 <= lag < every:
-        raise ValueError(f"lag is {lag}: an analysis must end before the next one begins, so 0 <= lag < every ({every}) must hold")
+        raise ValueError(
+            f"lag is {lag}: an analysis must end before the next one begins, so 0 <= lag < every ({every}) must hold"
+        )
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -75,8 +75,13 @@ def spectral_modules(model: nn.Module) -> list[BalancedModule]:
         if _has_spectrum(module):
             name = clean_name(name)
             if module.weight.dim() not in (2, 4):
-                raise ValueError(f"{name}.weight is flattened (FSDP1, ZeRO-3): shard with fully_shard, which keeps its shape")
-            kind = next((part for part in reversed(name.split(".")) if not part.isdigit()), type(module).__name__)
+                raise ValueError(
+                    f"{name}.weight is flattened (FSDP1, ZeRO-3): shard with fully_shard, which keeps its shape"
+                )
+            kind = next(
+                (part for part in reversed(name.split(".")) if not part.isdigit()),
+                type(module).__name__,
+            )
             found.setdefault(id(module.weight), BalancedModule(name, kind, block_of(name), module))
     return list(found.values())
 
@@ -111,17 +116,27 @@ def balanced_modules(
     else:
         modules = modules[int(remove_first) : len(modules) - int(remove_last)]
     embeddings = _embeddings(model)  # a tied head is one
-    return [m for m in modules if m.weight.requires_grad and m.n_eigenvalues >= min_eigenvalues and id(m.weight) not in embeddings]
+    return [
+        m
+        for m in modules
+        if m.weight.requires_grad
+        and m.n_eigenvalues >= min_eigenvalues
+        and id(m.weight) not in embeddings
+    ]
 
 
-def batchnorm_followers(model: nn.Module, balanced: list[BalancedModule], kind: str = "name") -> dict[str, list[nn.Module]]:
+def batchnorm_followers(
+    model: nn.Module, balanced: list[BalancedModule], kind: str = "name"
+) -> dict[str, list[nn.Module]]:
     """For each balanced module the BatchNorm2d modules that take its decay.
 
     kind: `name`: the batch norm whose name is the convolution's with `bn` for `conv`; `align`: every batch norm follows
     the nearest balanced module before it.
     """
     if kind not in BATCHNORM_TYPES:
-        raise ValueError(f"unknown batchnorm_type {kind!r}: choose one of {', '.join(BATCHNORM_TYPES)}")
+        raise ValueError(
+            f"unknown batchnorm_type {kind!r}: choose one of {', '.join(BATCHNORM_TYPES)}"
+        )
     names = {m.name for m in balanced}
     followers: dict[str, list[nn.Module]] = {}
     previous = None
@@ -141,7 +156,9 @@ def _embeddings(model: nn.Module) -> set[int]:
 
 def _has_spectrum(module: nn.Module) -> bool:
     # transformers' Conv1D is known by its name: this package does not import transformers.
-    conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith(
+        "transformers."
+    )
     # A parametrised weight (weight_norm) is no parameter of the optimizer, and a lazy one has no values yet.
     weight = module._parameters.get("weight")
     known = weight is not None and not nn.parameter.is_lazy(weight)

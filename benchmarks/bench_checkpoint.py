@@ -26,11 +26,11 @@ from loguru import logger
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from peft_pretraining.checkpoint import optimizer_state_by_name  # noqa: E402
-from peft_pretraining.distributed import Ranks  # noqa: E402
-from peft_pretraining.modeling_llama import build_model, load_config  # noqa: E402
-from peft_pretraining.optimizer import build_optimizer  # noqa: E402
-from peft_pretraining.saving import Checkpoints  # noqa: E402
+from peft_pretraining.checkpoint.save import Checkpoints  # noqa: E402
+from peft_pretraining.checkpoint.state import optimizer_state_by_name  # noqa: E402
+from peft_pretraining.model.modeling_llama import build_model, load_config  # noqa: E402
+from peft_pretraining.optim.optimizer import build_optimizer  # noqa: E402
+from peft_pretraining.parallel.process_group import DistributedContext  # noqa: E402
 
 LENGTH = 256
 
@@ -48,10 +48,12 @@ class Training:
         torch.manual_seed(0)
         self.config = load_config(ROOT / f"configs/llama_{size}.json")
         self.model = build_model(self.config).to(device)
-        self.optimizer = build_optimizer("adam", [{"params": list(self.model.parameters()), "weight_decay": 1e-5}], 1e-4)
+        self.optimizer = build_optimizer(
+            "adam", [{"params": list(self.model.parameters()), "weight_decay": 1e-5}], 1e-4
+        )
         self.ids = torch.randint(self.config.vocab_size, (rows, LENGTH), device=device)
         self.folder, self.device = folder, device
-        self.checkpoints = Checkpoints(folder, Ranks(0, 0, 1, device), keep=1)
+        self.checkpoints = Checkpoints(folder, DistributedContext(0, 0, 1, device), keep=1)
         self.saved = 0
 
     def step(self) -> float:
@@ -65,7 +67,10 @@ class Training:
         return waited
 
     def plain(self) -> None:
-        torch.save((self.model.state_dict(), optimizer_state_by_name(self.model, self.optimizer)), self.folder / "plain.pt")
+        torch.save(
+            (self.model.state_dict(), optimizer_state_by_name(self.model, self.optimizer)),
+            self.folder / "plain.pt",
+        )
 
     def begin(self) -> None:
         self.saved += 1
@@ -92,7 +97,9 @@ class Training:
 def bench(training: Training, rounds: int) -> dict[str, float]:
     training.step()
     first = training.background(seconds_of(training.step))
-    times: dict[str, list[float]] = {name: [] for name in ("torch_save", "alone", "blocked", "slowdown", "steps", "step")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("torch_save", "alone", "blocked", "slowdown", "steps", "step")
+    }
     for _ in range(rounds):
         step = statistics.median(seconds_of(training.step) for _ in range(5))
         one = training.background(step) | {"step": step}
@@ -101,26 +108,53 @@ def bench(training: Training, rounds: int) -> dict[str, float]:
             values.append(one[name])
     medians = {name: statistics.median(values) for name, values in times.items()}
     states = optimizer_state_by_name(training.model, training.optimizer).values()
-    tensors = [*training.model.state_dict().values(), *(tensor for state in states for tensor in state.values())]
+    tensors = [
+        *training.model.state_dict().values(),
+        *(tensor for state in states for tensor in state.values()),
+    ]
     size = sum(tensor.nbytes for tensor in tensors) / 2**20
-    return {"MiB": size, **medians, "first_blocked": first["blocked"], "times_less": medians["torch_save"] / medians["blocked"]}
+    return {
+        "MiB": size,
+        **medians,
+        "first_blocked": first["blocked"],
+        "times_less": medians["torch_save"] / medians["blocked"],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["9m", "60m"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=2, help=f"of {LENGTH} tokens in a step (default 2)")
-    parser.add_argument("--folder", type=Path, help="on the disk to save to (default: the system's folder for temporary files)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/checkpoint_cpu.json")
+    parser.add_argument(
+        "--rows", type=int, default=2, help=f"of {LENGTH} tokens in a step (default 2)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="on the disk to save to (default: the system's folder for temporary files)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results/checkpoint_cpu.json"
+    )
     args = parser.parse_args()
     logger.remove()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     )
-    results: dict = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": args.rows}
-    print("model   MiB  torch.save  ours alone  blocked (first)    times less  a step  slowdown over steps")
+    results: dict = {
+        "device": name,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rows": args.rows,
+    }
+    print(
+        "model   MiB  torch.save  ours alone  blocked (first)    times less  a step  slowdown over steps"
+    )
     for size in args.models:
         folder = Path(tempfile.mkdtemp(dir=args.folder))
         try:
@@ -128,7 +162,10 @@ def main() -> None:
         finally:
             shutil.rmtree(folder)
         form = "{MiB:5.0f} {torch_save:9.3f} s {alone:9.3f} s {blocked:7.4f} s ({first_blocked:.4f} s) {times_less:8.1f} {step:7.3f} s"
-        print(f"{size:>5} {form.format(**one)} {one['slowdown']:7.3f} s over {one['steps']:.0f}", flush=True)
+        print(
+            f"{size:>5} {form.format(**one)} {one['slowdown']:7.3f} s over {one['steps']:.0f}",
+            flush=True,
+        )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
 

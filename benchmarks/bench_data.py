@@ -29,10 +29,16 @@ BATCH, LENGTH = 512, 256
 
 
 def documents() -> tuple[str, Iterator[str]]:
-    from peft_pretraining.sources import cache_folder, open_pydocs, read_file
+    from peft_pretraining.data.sources.files import read_file
+    from peft_pretraining.data.sources.pydocs import open_pydocs
+    from peft_pretraining.utils.cache import cache_folder
 
     wiki = DATA / "wiki" / "enwiki_2015_30k_articles.jsonl.xz"
-    return ("wikipedia", read_file(wiki)) if wiki.exists() else ("pydocs", iter(open_pydocs(cache_folder()).train))
+    return (
+        ("wikipedia", read_file(wiki))
+        if wiki.exists()
+        else ("pydocs", iter(open_pydocs(cache_folder()).train))
+    )
 
 
 def write_corpus(path: Path, size: int) -> str:
@@ -57,26 +63,46 @@ def bench_preparing(corpus: Path, tokenizer, scratch: Path, rounds: int) -> dict
     """Tokens a second of `prepare` and of `datasets.map`, each with 1 and 2 processes."""
     import datasets
 
-    from peft_pretraining.prepared import open_prepared, prepare
-    from peft_pretraining.sources import open_files, split_documents
+    from peft_pretraining.data.sources.files import open_files
+    from peft_pretraining.data.sources.split import split_documents
+    from peft_pretraining.data.tokenized.reader import open_prepared
+    from peft_pretraining.data.tokenized.writer import prepare
 
     datasets.disable_progress_bars()
     source, count = open_files(corpus), itertools.count()
-    table = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(scratch / "hub"))
+    table = datasets.load_dataset(
+        "json", data_files=str(corpus), split="train", cache_dir=str(scratch / "hub")
+    )
 
     def ours(processes: int) -> None:
-        prepare(source, split_documents(source), tokenizer, scratch / f"ours-{next(count)}", processes=processes)
+        prepare(
+            source,
+            split_documents(source),
+            tokenizer,
+            scratch / f"ours-{next(count)}",
+            processes=processes,
+        )
 
     def plain(processes: int) -> None:
         def encode(batch: dict) -> dict:
-            return {"input_ids": tokenizer.hf(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]}
+            return {
+                "input_ids": tokenizer.hf(
+                    batch["text"], return_attention_mask=False, verbose=False
+                )["input_ids"]
+            }
 
         options = {"num_proc": processes if processes > 1 else None, "load_from_cache_file": False}
         table.map(
-            encode, batched=True, remove_columns=table.column_names, cache_file_name=str(scratch / f"map-{next(count)}.arrow"), **options
+            encode,
+            batched=True,
+            remove_columns=table.column_names,
+            cache_file_name=str(scratch / f"map-{next(count)}.arrow"),
+            **options,
         )
 
-    calls = {f"{name} {n}": (call, n) for n in (1, 2) for name, call in (("ours", ours), ("map", plain))}
+    calls = {
+        f"{name} {n}": (call, n) for n in (1, 2) for name, call in (("ours", ours), ("map", plain))
+    }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, (call, processes) in calls.items():
@@ -92,13 +118,13 @@ def bench_reading(folder: Path, rounds: int) -> dict:
     """Tokens a second of random batches (pads not counted), and milliseconds to the batch of a random step."""
     import numpy as np
 
-    from peft_pretraining.order import RowOrder
-    from peft_pretraining.prepared import open_prepared
+    from peft_pretraining.data.shuffle import ShuffledIndices
+    from peft_pretraining.data.tokenized.reader import open_prepared
 
     rng, results = np.random.default_rng(0), {}
     for kind, packing in (("padded", False), ("packed", True)):
         start = time.perf_counter()
-        rows = open_prepared(folder).rows("train", LENGTH, packing)
+        rows = open_prepared(folder).sequences("train", LENGTH, packing)
         opened = time.perf_counter() - start
         indices = rng.integers(0, len(rows), (50, BATCH))
         speeds = []
@@ -107,7 +133,7 @@ def bench_reading(folder: Path, rounds: int) -> dict:
             for batch in indices:
                 rows.batch(batch)
             speeds.append(int(rows.lengths[indices].sum()) / (time.perf_counter() - start))
-        order, seeks = RowOrder(5, len(rows)), []
+        order, seeks = ShuffledIndices(5, len(rows)), []
         for step in rng.integers(0, 2**30, 50).tolist():
             start = time.perf_counter()
             rows.batch(order.indices(step * BATCH, (step + 1) * BATCH))
@@ -119,25 +145,32 @@ def bench_reading(folder: Path, rounds: int) -> dict:
             "seek_ms": statistics.median(seeks),
             "seek_ms_worst": max(seeks),
         }
-    huge = RowOrder(5, 2**40 - 1)
+    huge = ShuffledIndices(5, 2**40 - 1)
     starts = rng.integers(0, 2**50, 50).tolist()
-    order_ms = [1000 * seconds_of(lambda start=start: huge.indices(start, start + BATCH)) for start in starts]
+    order_ms = [
+        1000 * seconds_of(lambda start=start: huge.indices(start, start + BATCH))
+        for start in starts
+    ]
     return {**results, "order_ms_of_2**40_rows": statistics.median(order_ms)}
 
 
 def load_tokenizer_and_corpus(scratch: Path, megabytes: float):
-    from peft_pretraining.sources import open_files
-    from peft_pretraining.tokenization import load_tokenizer
+    from peft_pretraining.data.sources.files import open_files
+    from peft_pretraining.data.tokenizer import load_tokenizer
 
     corpus = scratch / "corpus.jsonl"
     name = write_corpus(corpus, int(megabytes * 1e6))
     t5 = DATA / "tokenizers" / "t5"
-    tokenizer = load_tokenizer(str(t5) if t5.is_dir() else "bpe", 32100, open_files(corpus).train, scratch, "benchmark")
+    tokenizer = load_tokenizer(
+        str(t5) if t5.is_dir() else "bpe", 32100, open_files(corpus).train, scratch, "benchmark"
+    )
     return name, corpus, tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=float, default=20, help="of text")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/data_cpu.json")
@@ -151,14 +184,20 @@ def main() -> None:
         preparing = bench_preparing(corpus, tokenizer, scratch, args.rounds)
         reading = bench_reading(next(scratch.glob("ours-*")), args.rounds)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    results = {"machine": machine, "text": name, "megabytes": args.megabytes, "preparing": preparing, "reading": reading}
+    results = {
+        "machine": machine,
+        "text": name,
+        "megabytes": args.megabytes,
+        "preparing": preparing,
+        "reading": reading,
+    }
     for n in (1, 2):
         ours, plain = (preparing["tokens_per_second"][f"{who} {n}"] for who in ("ours", "map"))
-        print(f"preparing, {n} process(es): datasets.map {plain:,.0f} tokens/s, ours {ours:,.0f}: {ours / plain:.2f} times as fast")
-    for kind in ("padded", "packed"):
-        form = (
-            "{tokens_per_second:,.0f} tokens/s; opened in {open_ms:.1f} ms, a random step in {seek_ms:.1f} ms (worst {seek_ms_worst:.1f})"
+        print(
+            f"preparing, {n} process(es): datasets.map {plain:,.0f} tokens/s, ours {ours:,.0f}: {ours / plain:.2f} times as fast"
         )
+    for kind in ("padded", "packed"):
+        form = "{tokens_per_second:,.0f} tokens/s; opened in {open_ms:.1f} ms, a random step in {seek_ms:.1f} ms (worst {seek_ms_worst:.1f})"
         print(f"reading {kind} rows: {form.format(**reading[kind])}")
     print(f"the order of 512 rows among 2**40: {reading['order_ms_of_2**40_rows']:.2f} ms")
     args.output.parent.mkdir(parents=True, exist_ok=True)

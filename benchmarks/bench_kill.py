@@ -27,11 +27,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from end_to_end.common import FAULTY, comparable, exact, traced, write_config, write_text  # noqa: E402
 from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402, F401  loaded once, for all ranks
-from warm import kill  # noqa: E402
 
 import torchrun_main  # noqa: E402, F401
+from tests.end_to_end.common import FAULTY, comparable, exact, traced, write_config, write_text  # noqa: E402
+from tests.support.fork_server import kill  # noqa: E402
 
 UPDATES = 60
 LAST = f"checkpoints/model_{UPDATES}"
@@ -60,7 +60,9 @@ def main() -> None:
             print(json.dumps(outcomes[-1]), flush=True)
             counts = {"equal": sum(o["equal"] for o in outcomes), "trials": len(outcomes)}
             result = counts | {"seconds_of_a_run": duration, "outcomes": outcomes}
-            args.output.write_text(json.dumps(result, indent=1) + "\n")  # each time: it runs for long
+            args.output.write_text(
+                json.dumps(result, indent=1) + "\n"
+            )  # each time: it runs for long
     print(summary(outcomes, duration))
 
 
@@ -73,11 +75,20 @@ def trial(inputs: Path, name: str, wanted: dict, seconds: float, rng: random.Ran
     for rank, pid in enumerate(ranks):
         if who in ("both", f"rank {rank}"):
             kill(pid)
-    finished = finish(ranks, patience=5)  # a rank that waits for a dead one is ended, as torchrun does it
+    finished = finish(
+        ranks, patience=5
+    )  # a rank that waits for a dead one is ended, as torchrun does it
     reached = newest(inputs / name)
     assert finish(start(inputs, name)), f"{name} did not finish when it was continued"
     equal = comparable(inputs / name, LAST) == wanted
-    return {"who": who, "after": seconds, "killed": not finished, "during_a_save": saving, "newest_checkpoint": reached, "equal": equal}
+    return {
+        "who": who,
+        "after": seconds,
+        "killed": not finished,
+        "during_a_save": saving,
+        "newest_checkpoint": reached,
+        "equal": equal,
+    }
 
 
 def start(inputs: Path, name: str) -> list[int]:
@@ -94,19 +105,35 @@ def _fork_rank(inputs: Path, name: str, rank: int, port: int) -> int:
         return pid
     code = 1
     try:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ.update(traced(inputs / name) | {key: str(value) for key, value in place.items()})
         os.chdir(ROOT)
         with open(inputs / f"{name}.log{rank}", "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        arguments = exact(inputs, name, "--continue_from", "auto", save_every=2, num_training_steps=UPDATES, eval_every=UPDATES // 2)
+        arguments = exact(
+            inputs,
+            name,
+            "--continue_from",
+            "auto",
+            save_every=2,
+            num_training_steps=UPDATES,
+            eval_every=UPDATES // 2,
+        )
         sys.argv = [FAULTY, *map(str, arguments)]
         runpy.run_path(str(ROOT / FAULTY), run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
     finally:
-        for thread in threading.enumerate():  # as an interpreter that ends: a save under way is finished
+        for (
+            thread
+        ) in threading.enumerate():  # as an interpreter that ends: a save under way is finished
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
         os._exit(code)
@@ -130,12 +157,19 @@ def finish(ranks: list[int], patience: float = 120) -> bool:
 
 
 def newest(folder: Path) -> int:
-    return max((int(p.parent.name.removeprefix("model_")) for p in folder.glob("checkpoints/model_*[0-9]/manifest.json")), default=0)
+    return max(
+        (
+            int(p.parent.name.removeprefix("model_"))
+            for p in folder.glob("checkpoints/model_*[0-9]/manifest.json")
+        ),
+        default=0,
+    )
 
 
 def summary(outcomes: list[dict], duration: float) -> str:
     equal, killed, saving, between = (
-        sum(bool(o[key]) for o in outcomes) for key in ("equal", "killed", "during_a_save", "newest_checkpoint")
+        sum(bool(o[key]) for o in outcomes)
+        for key in ("equal", "killed", "during_a_save", "newest_checkpoint")
     )
     return (
         f"{equal} of {len(outcomes)} runs equal to the undisturbed one ({duration:.1f} s); {killed} were killed before their end, "

@@ -22,8 +22,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alphadecay import AWD, AdaDecay, AlphaDecay  # noqa: E402
-from peft_pretraining.modeling_llama import build_model  # noqa: E402
-from peft_pretraining.optimizer import build_optimizer  # noqa: E402
+from peft_pretraining.model.modeling_llama import build_model  # noqa: E402
+from peft_pretraining.optim.optimizer import build_optimizer  # noqa: E402
 
 ETA = 1e-5
 
@@ -77,7 +77,9 @@ def now(ids: torch.Tensor) -> float:
     return time.perf_counter()
 
 
-def measure(optimizer: str, config, device: str, rows: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    optimizer: str, config, device: str, rows: int, rounds: int
+) -> dict[str, dict[str, float]]:
     lanes = {name: Lane(name, optimizer, config, device) for name in METHODS}
     ids = torch.randint(config.vocab_size, (rows, 256), device=device)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in lanes}
@@ -89,8 +91,11 @@ def measure(optimizer: str, config, device: str, rows: int, rounds: int) -> dict
     uniform = [whole for whole, _ in times["uniform"]]
     return {
         name: {
-            "step / uniform": statistics.median(w / u for (w, _), u in zip(pairs, uniform, strict=True)),
-            "method / uniform step": statistics.median(own for _, own in pairs) / statistics.median(uniform),
+            "step / uniform": statistics.median(
+                w / u for (w, _), u in zip(pairs, uniform, strict=True)
+            ),
+            "method / uniform step": statistics.median(own for _, own in pairs)
+            / statistics.median(uniform),
         }
         for name, pairs in times.items()
     }
@@ -112,7 +117,9 @@ def extra_memory(config, device: str) -> float | None:
 
 def peak_of_allocations(function) -> int:
     """Greatest sum of bytes that torch held on the CPU beyond those at the start."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -125,19 +132,32 @@ def peak_of_allocations(function) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_config", default="configs/llama_9m.json")
-    parser.add_argument("--rows", type=int, default=8, help="sequences of 256 tokens in a step (default 8)")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="sequences of 256 tokens in a step (default 8)"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the numbers there as JSON")
     args = parser.parse_args()
     config = transformers.LlamaConfig.from_json_file(args.model_config)
-    result = {"model_config": args.model_config, "rows": args.rows, "device": args.device, "torch": torch.__version__}
+    result = {
+        "model_config": args.model_config,
+        "rows": args.rows,
+        "device": args.device,
+        "torch": torch.__version__,
+    }
     for optimizer in ("adam", "adamw"):
         result[optimizer] = measure(optimizer, config, args.device, args.rows, args.rounds)
         for name, numbers in result[optimizer].items():
-            print(f"{optimizer:6} {name:24} " + "  ".join(f"{what} {value:.4f}" for what, value in numbers.items()), flush=True)
+            print(
+                f"{optimizer:6} {name:24} "
+                + "  ".join(f"{what} {value:.4f}" for what, value in numbers.items()),
+                flush=True,
+            )
     result["adadecay_extra_copies"] = extra_memory(config, args.device)
-    print(f"adadecay: {result['adadecay_extra_copies']:.3f} copies of the largest parameter beyond the training's own memory")
+    print(
+        f"adadecay: {result['adadecay_extra_copies']:.3f} copies of the largest parameter beyond the training's own memory"
+    )
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -26,12 +26,12 @@ import torch.nn as nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import reference  # noqa: E402  the plain twin of the tests
-
 import alphadecay  # noqa: E402
-from alphadecay.engine import SpectralEngine, gradient_norms  # noqa: E402
 from alphadecay.modules import balanced_modules, spectral_modules  # noqa: E402
-from peft_pretraining.modeling_llama import build_model, load_config  # noqa: E402
+from alphadecay.norms import gradient_norms  # noqa: E402
+from alphadecay.spectral.engine import SpectralEngine
+from peft_pretraining.model.modeling_llama import build_model, load_config  # noqa: E402
+from tests.support import reference  # noqa: E402  the plain twin of the tests
 
 
 def model_of(size: str, device: str) -> nn.Module:
@@ -65,21 +65,42 @@ def analysis(model: nn.Module, engine: SpectralEngine) -> None:
 
 def bench_one_process(size: str, rounds: int, device: str) -> dict:
     model, engine = model_of(size, device), SpectralEngine()
-    seconds = interleaved({"svdvals": lambda: svdvals_loop(model), "ours": lambda: analysis(model, engine)}, rounds)
-    plain = [reference.fit(reference.eigenvalues(m.weight.cpu()))[0] for m in balanced_modules(model)[:8]]
+    seconds = interleaved(
+        {"svdvals": lambda: svdvals_loop(model), "ours": lambda: analysis(model, engine)}, rounds
+    )
+    plain = [
+        reference.fit(reference.eigenvalues(m.weight.cpu()))[0] for m in balanced_modules(model)[:8]
+    ]
     weights = [m.weight for m in balanced_modules(model)[:8]]
     ours = [row["alpha"] for row, _ in engine.rows(weights, gradient_norms(weights), "alpha")]
     error = max(abs(a / b - 1) for a, b in zip(ours, plain, strict=True))
-    return {**seconds, "times_faster": seconds["svdvals"] / seconds["ours"], "alpha_error": error, "solvers": engine.solvers}
+    return {
+        **seconds,
+        "times_faster": seconds["svdvals"] / seconds["ours"],
+        "alpha_error": error,
+        "solvers": engine.solvers,
+    }
 
 
 def bench_ranks(size: str, rounds: int) -> dict:
     """One and two processes of one thread each, taking turns."""
 
     def run(processes: int) -> float:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*start, __file__, "--rank", size], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*start, __file__, "--rank", size],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return float(done.stdout.split("SECONDS ")[1].split()[0])
 
     times = {processes: [] for processes in (1, 2)}
@@ -139,24 +160,41 @@ def bench_async(size: str, device: str) -> dict:
 
 
 def bench_searches(n: int = 768, calls_at_once: int = 100) -> dict:
-    values = alphadecay.eigenvalues(torch.randn(2048, n, generator=torch.Generator().manual_seed(0)))
+    values = alphadecay.eigenvalues(
+        torch.randn(2048, n, generator=torch.Generator().manual_seed(0))
+    )
     results = {}
     for method in ("goodness-of-fit", "fix-finger", "fix-finger-reference"):
         numbers = values.tolist()
         calls = {
             "plain": lambda method=method, numbers=numbers: reference.fit(numbers, method),
-            "ours": lambda method=method: [alphadecay.fit_power_law(values, method) for _ in range(calls_at_once)],
+            "ours": lambda method=method: [
+                alphadecay.fit_power_law(values, method) for _ in range(calls_at_once)
+            ],
         }
         seconds = interleaved(calls, 9)
         slow, fast = seconds["plain"], seconds["ours"] / calls_at_once
-        same = abs(alphadecay.fit_power_law(values, method).xmin / reference.fit(numbers, method)[2] - 1) < 1e-12
-        results[method] = {"plain": slow, "ours": fast, "times_faster": slow / fast, "same_threshold": same}
+        same = (
+            abs(
+                alphadecay.fit_power_law(values, method).xmin / reference.fit(numbers, method)[2]
+                - 1
+            )
+            < 1e-12
+        )
+        results[method] = {
+            "plain": slow,
+            "ours": fast,
+            "times_faster": slow / fast,
+            "same_threshold": same,
+        }
     return results
 
 
 def bench_idle_step() -> float:
     """Microseconds of `decay.step` in an update without an analysis."""
-    decay = alphadecay.AlphaDecay(nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), 1e-5, every=10**9)
+    decay = alphadecay.AlphaDecay(
+        nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), 1e-5, every=10**9
+    )
     optimizer = torch.optim.SGD(decay.param_groups(), lr=0)
     start = time.perf_counter()
     for _ in range(10_000):
@@ -166,14 +204,18 @@ def bench_idle_step() -> float:
 
 def bench_memory() -> dict:
     """Peak extra memory of analysing eight matrices of 7B shapes, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--memory"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory"], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def as_memory() -> None:
     engine = SpectralEngine()
     engine.rows([torch.randn(256, 256)], [10.0], "alpha")  # libraries are loaded
-    weights = [torch.randn(11008, 4096) for _ in range(2)] + [torch.randn(4096, 4096) for _ in range(2)]
+    weights = [torch.randn(11008, 4096) for _ in range(2)] + [
+        torch.randn(4096, 4096) for _ in range(2)
+    ]
     before, peak, done = resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -185,7 +227,14 @@ def as_memory() -> None:
     engine.rows(weights, [10.0] * len(weights), "alpha")
     done.set()
     watcher.join()
-    print(json.dumps({"extra_MiB": (peak[0] - before) / 2**20, "two_largest_MiB": 2 * 11008 * 4096 * 4 / 2**20}))
+    print(
+        json.dumps(
+            {
+                "extra_MiB": (peak[0] - before) / 2**20,
+                "two_largest_MiB": 2 * 11008 * 4096 * 4 / 2**20,
+            }
+        )
+    )
 
 
 def resident() -> int:
@@ -194,7 +243,9 @@ def resident() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["60m", "130m", "350m"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
@@ -206,18 +257,30 @@ def main() -> None:
     if args.memory:
         return as_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    )
     results: dict = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     for size in args.models:
         results[size] = one = bench_one_process(size, args.rounds, device)
-        times = "svdvals of every Linear {svdvals:.3f} s, ours {ours:.3f} s: {times_faster:.2f} times faster".format(**one)
-        print(f"{size:>5}: {times}, alpha within {one['alpha_error']:.1e} {one['solvers'] or ''}", flush=True)
+        times = "svdvals of every Linear {svdvals:.3f} s, ours {ours:.3f} s: {times_faster:.2f} times faster".format(
+            **one
+        )
+        print(
+            f"{size:>5}: {times}, alpha within {one['alpha_error']:.1e} {one['solvers'] or ''}",
+            flush=True,
+        )
     if device == "cpu":
         results["ranks"] = bench_ranks(args.models[0], args.rounds)
         form = "ranks of one thread: one {one_rank:.3f} s, two {two_ranks:.3f} s: {times_faster:.2f} times faster"
         print(form.format(**results["ranks"]), flush=True)
     results["async"] = bench_async(args.models[0], device)
-    print("asynchronous: " + ", ".join(f"{k} {v:.3f}" for k, v in results["async"].items()), flush=True)
+    print(
+        "asynchronous: " + ", ".join(f"{k} {v:.3f}" for k, v in results["async"].items()),
+        flush=True,
+    )
     results["searches"] = bench_searches()
     for method, r in results["searches"].items():
         form = "{plain:.3f} s, ours {ours:.5f} s: {times_faster:.0f} times faster, same threshold: {same_threshold}"

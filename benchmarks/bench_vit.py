@@ -27,16 +27,17 @@ sys.path.insert(0, str(ROOT))
 
 import alphadecay  # noqa: E402
 import main_vit  # noqa: E402
-from peft_pretraining.distributed import Ranks  # noqa: E402
-from peft_pretraining.finite import FiniteGuard  # noqa: E402
-from peft_pretraining.loop import clip_gradients  # noqa: E402
-from peft_pretraining.optimizer import scaled_decays  # noqa: E402
-from peft_pretraining.vision.arguments import complete, vit_parser  # noqa: E402
-from peft_pretraining.vision.batches import keep_a_bit  # noqa: E402
-from peft_pretraining.vision.images import load_images  # noqa: E402
-from peft_pretraining.vision.models import RunningStatistics, build_model  # noqa: E402
+from peft_pretraining.cli.vit import complete, vit_parser  # noqa: E402
+from peft_pretraining.optim.gradients import clip_gradients  # noqa: E402
+from peft_pretraining.optim.nonfinite import NonFiniteGuard  # noqa: E402
+from peft_pretraining.optim.optimizer import scaled_decays  # noqa: E402
+from peft_pretraining.parallel.process_group import DistributedContext  # noqa: E402
+from peft_pretraining.vision.batchnorm import BatchNormSync
+from peft_pretraining.vision.datasets import load_images  # noqa: E402
+from peft_pretraining.vision.models import build_model  # noqa: E402
+from peft_pretraining.vision.transforms import patch_posterize  # noqa: E402
 
-RANKS = Ranks(0, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+RANKS = DistributedContext(0, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 RESULT = ROOT / "benchmarks/results"
 
 
@@ -48,8 +49,12 @@ def write_photographs(folder: Path, size: int, classes: int = 4, each: int = 64)
             place = folder / split / str(label)
             place.mkdir(parents=True)
             for i in range(count):
-                coarse = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8, 3)).astype(np.uint8))
-                coarse.resize((size * 9 // 8, size * 9 // 8), Image.Resampling.BICUBIC).save(place / f"{i}.jpg", quality=90)
+                coarse = Image.fromarray(
+                    rng.integers(0, 256, (size // 8, size // 8, 3)).astype(np.uint8)
+                )
+                coarse.resize((size * 9 // 8, size * 9 // 8), Image.Resampling.BICUBIC).save(
+                    place / f"{i}.jpg", quality=90
+                )
 
 
 def settings(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
@@ -69,24 +74,26 @@ class Ours:
         self.training = main_vit.make_training(args, build_model(args).to(RANKS.device))
         self.schedule = main_vit.Schedule.of(args, len(data.train))
         self.loss = main_vit.loss_and_mixup(args)
-        self.guard = FiniteGuard(self.training.optimizer, RANKS, 10)
-        self.statistics = RunningStatistics(self.training.model, RANKS)
-        self.steps = main_vit.training_part(args, data, 0, RANKS)
+        self.guard = NonFiniteGuard(self.training.optimizer, RANKS, 10)
+        self.statistics = BatchNormSync(self.training.model, RANKS)
+        self.steps = main_vit.build_train_loader(args, data, 0, RANKS)
         self.updates = 0
 
     def update(self) -> None:
         self.updates += 1
         model, optimizer = self.training.model, self.training.optimizer
-        loss = main_vit.forward_backward(model, next(self.steps), self.updates, self.args, *self.loss, RANKS)
-        self.guard.read()
-        self.guard.judge(self.updates, loss, clip_gradients(model, 0.0))
+        loss = main_vit.forward_backward(
+            model, next(self.steps), self.updates, self.args, *self.loss, RANKS
+        )
+        self.guard.resolve_pending()
+        self.guard.check_update(self.updates, loss, clip_gradients(model, 0.0))
         lr, eta = main_vit.rates(self.args, self.updates, self.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with scaled_decays(optimizer, eta):
             optimizer.step()
         optimizer.zero_grad()
-        self.statistics.settle(optimizer.found_inf)
+        self.statistics.commit_or_roll_back(optimizer.found_inf)
         self.training.ema.update(model)
 
 
@@ -95,7 +102,9 @@ class Theirs:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.model = build_model(args).to(RANKS.device)
-        self.optimizer = create_optimizer_v2(self.model, opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay)
+        self.optimizer = create_optimizer_v2(
+            self.model, opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay
+        )
         self.ema = ModelEmaV3(self.model, args.model_ema_decay)
         self.criterion, self.mixup = SoftTargetCrossEntropy(), main_vit.loss_and_mixup(args)[1]
         self.loader = create_loader(
@@ -105,7 +114,9 @@ class Theirs:
             persistent_workers=args.num_workers > 0,
         )  # fmt: skip
         for augmentation in self.loader.dataset.transform.transforms:
-            keep_a_bit(augmentation)  # as in main_vit.py: timm 1.0.31 does not get along with Pillow 13
+            patch_posterize(
+                augmentation
+            )  # as in main_vit.py: timm 1.0.31 does not get along with Pillow 13
         self.batches = self.endless()
 
     def endless(self):
@@ -134,14 +145,19 @@ def main() -> None:
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--input_size", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images (default 0)")
+    parser.add_argument(
+        "--num_workers", type=int, default=0, help="processes that read images (default 0)"
+    )
     parser.add_argument("--updates", type=int, default=8, help="in a turn (default 8)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder), options.input_size)
         args = settings(options, Path(folder))
-        loops = {"main_vit.py": Ours(args, load_images("IMNET", folder, None, 4)), "timm": Theirs(args, Path(folder))}
+        loops = {
+            "main_vit.py": Ours(args, load_images("IMNET", folder, None, 4)),
+            "timm": Theirs(args, Path(folder)),
+        }
         for loop in loops.values():
             seconds_of(loop, 1)
         seconds = {name: [] for name in loops}
@@ -151,8 +167,18 @@ def main() -> None:
     images = options.updates * args.batch_size
     rates = {name: images / statistics.median(taken) for name, taken in seconds.items()}
     ratio = statistics.median(theirs / ours for ours, theirs in zip(*seconds.values(), strict=True))
-    device = torch.cuda.get_device_name() if RANKS.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {"device": device, "settings": vars(options), "images_per_second": rates, "main_vit_over_timm": ratio, "seconds": seconds}
+    device = (
+        torch.cuda.get_device_name()
+        if RANKS.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    result = {
+        "device": device,
+        "settings": vars(options),
+        "images_per_second": rates,
+        "main_vit_over_timm": ratio,
+        "seconds": seconds,
+    }
     print("\n".join(f"{name:<12} {rate:8.1f} images/s" for name, rate in rates.items()))
     print(f"main_vit.py over timm, median of {options.rounds} rounds: {ratio:.3f} ({device})")
     RESULT.mkdir(exist_ok=True)

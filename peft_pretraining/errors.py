@@ -1,5 +1,8 @@
-"""The one exception that both scripts turn into a sentence for the user and a non-zero exit code."""
+"""The exception that every command turns into one line for the user and exit code 2."""
 
 
 class UserError(Exception):
-    """Something the user can put right. Its text is the whole message: what is wrong, where, what to type instead."""
+    """An error that the user can fix.
+
+    Its text is the whole message: what is wrong, where, and what to type instead.
+    """

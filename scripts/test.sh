@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
-# All checks: style, then the tests. `bash scripts/test.sh -k resume` passes its arguments on to pytest.
+# All checks: style, direction of imports, types, then the tests.
+#
+#   bash scripts/test.sh               everything
+#   bash scripts/test.sh --fast        without the tests marked slow
+#   bash scripts/test.sh -k resume     other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
+if [ "${1:-}" = --fast ]; then
+    set -- -m "not slow" "${@:2}"
+fi
 ruff check .
 ruff format --check .
+lint-imports
+mypy
+mypy --strict --package alphadecay
 python -m pytest "$@"

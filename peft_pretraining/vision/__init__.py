@@ -1,1 +1,5 @@
-"""What main_vit.py needs beside the shared parts: images, their batches, models, accuracy."""
+"""Image classification: datasets, augmentation, timm models, evaluation.
+
+The modules may import what lies below: data (order of the samples, DataLoader workers),
+checkpoint, parallel and errors.
+"""

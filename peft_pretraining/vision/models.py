@@ -1,170 +1,169 @@
-"""Image classifiers: timm's models by today's and yesterday's names, what they cost, and how they are kept."""
+"""Models of timm: creation (also by names from before 2021), initial weights, FLOPs."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import difflib
-import json
-import shutil
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_pretraining.checkpoint import WEIGHTS, unshared_state
-from peft_pretraining.distributed import Ranks
 from peft_pretraining.errors import UserError
-from peft_pretraining.vision.batches import evaluation_crop, normalisation
 
-# ------------------------------------------------------------------------------------------------------------------ making one
+# ------------------------------------------------------------------------------------- creation
 
 
 def current_name(name: str) -> str:
-    """Today's name of a model of timm: until 2021 DeiT was `vit_deit_...`."""
+    """Return timm's present name of a model: until 2021 DeiT was called `vit_deit_...`."""
     return name.removeprefix("vit_") if name.startswith("vit_deit_") else name
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    """The classifier that the flags name, with fresh weights or those of --finetune. UserError for an unknown name, with near ones."""
+    """Return the classifier that the flags name, with fresh weights or those of --finetune.
+
+    Args:
+        args: parsed flags of main_vit.py.
+
+    Raises:
+        UserError: if timm has no model of that name (the message suggests similar names), or cannot
+            build it with these flags.
+    """
     import timm
 
     name = current_name(args.model)
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has them all"
+        similar = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = "timm.list_models() returns all of them"
+        if similar:
+            hint = f"did you mean {' or '.join(similar)}?"
         raise UserError(f"--model {args.model} is no model of timm {timm.__version__}: {hint}")
     stochastic_depth = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     try:
-        model = timm.create_model(name, num_classes=args.nb_classes, **model_arguments(args), **stochastic_depth)
+        model = timm.create_model(
+            name, num_classes=args.nb_classes, **model_arguments(args), **stochastic_depth
+        )
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"--model {name} cannot be built with these --model_kwargs, --input_size and --drop_path: {error}") from error
+        raise UserError(
+            f"--model {name} cannot be built with these --model_kwargs, --input_size and "
+            f"--drop_path: {error}"
+        ) from error
     with torch.no_grad():
-        for parameter in model.get_classifier().parameters():
+        for parameter in _classifier_of(model).parameters():
             parameter.mul_(args.head_init_scale)
     if args.finetune:
         load_weights(model, Path(args.finetune), args.model_key, args.model_prefix)
     return model
 
 
-def model_arguments(args: argparse.Namespace) -> dict:
-    """What timm must be told to build the model again: --model_kwargs, and the input size where the model's shapes depend on it."""
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments with which timm builds the model again.
+
+    They are --model_kwargs, and the image size if the shapes of the weights depend on it.
+
+    Args:
+        args: parsed flags of main_vit.py.
+    """
     import timm
 
-    usual = timm.get_pretrained_cfg(current_name(args.model))
-    fixed = usual is not None and usual.fixed_input_size and usual.input_size[-1] != args.input_size
-    return ({"img_size": args.input_size} if fixed else {}) | dict(args.model_kwargs)
+    default = timm.get_pretrained_cfg(current_name(args.model))
+    size_matters = (
+        default is not None
+        and default.fixed_input_size
+        and default.input_size[-1] != args.input_size
+    )
+    return ({"img_size": args.input_size} if size_matters else {}) | dict(args.model_kwargs)
 
 
-def load_weights(model: nn.Module, path: Path, keys: str = "model|module", prefix: str = "") -> None:
-    """Load the weights of a file where they fit; a classifier of another number of classes keeps its fresh ones.
+def load_weights(
+    model: nn.Module, path: Path, keys: str = "model|module", prefix: str = ""
+) -> None:
+    """Load the weights of a file into the model.
 
-    keys: names, separated by |, under one of which the file may hold the weights; prefix: of the names that count.
-    Raises UserError where the file cannot be read, or a weight outside the classifier has another shape or is missing.
+    A classifier layer for another number of classes keeps its fresh weights.
+
+    Args:
+        model: the model to change.
+        path: a .safetensors or .pth file.
+        keys: names, separated by |, under one of which the file may hold the weights.
+        prefix: only weights whose names start with it count; it is removed from the names.
+
+    Raises:
+        UserError: if the file cannot be read, or a weight outside the classifier is missing or has
+            another shape.
     """
     from loguru import logger
 
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a .safetensors or .pth file of weights") from error
-    found = next((found[key] for key in keys.split("|") if isinstance(found.get(key), dict)), found)
-    found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
-    classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in _read_weights(path, keys).items()
+        if name.startswith(prefix)
+    }
+    classifier = {id(parameter) for parameter in _classifier_of(model).parameters()}
     fresh = []
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in found and found[name].shape == tensor.shape:
+        loaded = weights.get(name)
+        if loaded is not None and loaded.shape == tensor.shape:
             continue
         if id(tensor) not in classifier:
-            what = f"has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}" if name in found else "is missing"
-            raise UserError(f"{path} does not fit the model: {name} {what}; give the --model and --input_size that it was trained with")
-        found.pop(name, None)
+            problem = "is missing"
+            if loaded is not None:
+                problem = f"has shape {tuple(loaded.shape)}, not {tuple(tensor.shape)}"
+            raise UserError(
+                f"{path} does not fit the model: {name} {problem}; give the --model and "
+                "--input_size that it was trained with"
+            )
+        weights.pop(name, None)
         fresh.append(name)
-    unused = model.load_state_dict(found, strict=False).unexpected_keys
-    logger.info(f"weights from {path}; fresh: {', '.join(fresh) or 'none'}; not used: {', '.join(unused) or 'none'}")
+    unused = model.load_state_dict(weights, strict=False).unexpected_keys
+    logger.info(
+        f"weights loaded from {path}; kept at their initial values: {', '.join(fresh) or 'none'}; "
+        f"not used: {', '.join(unused) or 'none'}"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- what it costs
+def _read_weights(path: Path, keys: str) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            content: dict[str, Any] = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): give a .safetensors or .pth file of weights"
+        ) from error
+    for key in keys.split("|"):
+        if isinstance(content.get(key), dict):
+            return content[key]
+    return content
+
+
+def _classifier_of(model: Any) -> nn.Module:
+    """Return the layer of a model of timm that computes the logits."""
+    return model.get_classifier()
+
+
+# ------------------------------------------------------------------------------------------ cost
 
 
 def forward_flops(model: nn.Module, input_size: int) -> int:
-    """Floating-point operations of one image's forward pass: products and sums of all matrix products and convolutions."""
+    """Return the floating-point operations of one image's forward pass.
+
+    Counts the multiplications and additions of all matrix products and convolutions.
+
+    Args:
+        model: the model; it is not changed.
+        input_size: pixels of an image's side.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes_only = copy.deepcopy(model).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes_only(torch.empty(1, 3, input_size, input_size, device="meta"))
     return counter.get_total_flops()
-
-
-# ---------------------------------------------------------------------------------------------------------- how it is kept
-
-
-def timm_config(args: argparse.Namespace, model: nn.Module) -> dict:
-    """config.json as on the Hugging Face Hub: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads the folder."""
-    statistics = {name: list(values) for name, values in normalisation(args).items()}
-    classifier = {key: model.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
-    return {
-        "architecture": current_name(args.model),
-        "num_classes": args.nb_classes,
-        "num_features": model.num_features,
-        "model_args": model_arguments(args),
-        "pretrained_cfg": {
-            "num_classes": args.nb_classes,
-            "input_size": [3, args.input_size, args.input_size],
-            "fixed_input_size": bool(model.pretrained_cfg.get("fixed_input_size")),
-            "interpolation": "bicubic",
-            "crop_pct": evaluation_crop(args),
-            **statistics,
-            **classifier,
-        },
-    }
-
-
-def export(model: nn.Module, config: dict, accuracy: dict, folder: Path) -> None:
-    """Write a model that timm loads to `folder`: weights, config.json, and what it reaches. The folder is replaced as a whole."""
-    building, before = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in unshared_state(model).items()}
-    save_file(weights, building / WEIGHTS, metadata={"format": "pt"})
-    for name, content in (("config.json", config), ("accuracy.json", accuracy)):
-        (building / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        folder.rename(before)
-    building.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-class RunningStatistics:
-    """Keeps BatchNorm's running statistics, which forward passes write, in step with the weights.
-
-    Every rank has seen other images: those of rank 0 count, as in DistributedDataParallel. An update that is left out leaves them as
-    they were: what is not finite would stay in them for ever.
-    """
-
-    def __init__(self, model: nn.Module, ranks: Ranks):
-        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self._ranks = ranks
-        self._before = self._together()
-
-    def settle(self, left_out: Tensor) -> None:
-        """After an update's passes. left_out: 1 where the update does not count, else 0; a scalar on the device."""
-        if not self._buffers:
-            return
-        now = self._together()
-        if self._ranks.world_size > 1:
-            dist.broadcast(now, 0)
-        self._before = torch.where(left_out.bool(), self._before, now)
-        parts = self._before.split([buffer.numel() for buffer in self._buffers])
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
-
-    def _together(self) -> Tensor:
-        return torch.cat([buffer.reshape(-1) for buffer in self._buffers]) if self._buffers else torch.empty(0)

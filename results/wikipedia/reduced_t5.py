@@ -20,7 +20,9 @@ def reduce(t5: PreTrainedTokenizerFast, size: int) -> PreTrainedTokenizerFast:
     state = json.loads(t5.backend_tokenizer.to_str())
     specials, pieces = state["model"]["vocab"][:SPECIAL], state["model"]["vocab"][SPECIAL:]
     letters = [piece for piece in pieces if len(piece[0]) == 1]
-    longer = [piece for piece in pieces if len(piece[0]) > 1 and not piece[0].startswith("<extra_id")]
+    longer = [
+        piece for piece in pieces if len(piece[0]) > 1 and not piece[0].startswith("<extra_id")
+    ]
     chosen = {piece for piece, _ in letters + longer[: size - SPECIAL - len(letters)]}
     state["model"]["vocab"] = specials + [piece for piece in pieces if piece[0] in chosen]
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < SPECIAL]

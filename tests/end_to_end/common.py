@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-import warm
+from tests.support import fork_server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FINAL = "checkpoints/model_40"
@@ -34,7 +34,13 @@ VIT_COMMAND = (
 def write_config(folder, **changes):
     """A LLaMA small enough for seconds, large enough that every module is balanced."""
     config = json.loads((ROOT / "configs/llama_9m.json").read_text())
-    config |= {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, **changes}
+    config |= {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        **changes,
+    }
     path = Path(folder) / "config.json"
     path.write_text(json.dumps(config))
     return path
@@ -43,7 +49,12 @@ def write_config(folder, **changes):
 def write_text(folder, documents=600, name="corpus.jsonl"):
     """Documents of a made-up language with structure to learn: each word goes before a few others."""
     rng = random.Random(0)
-    words = ["".join(rng.choice("bcdfghklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))) for _ in range(300)]
+    words = [
+        "".join(
+            rng.choice("bcdfghklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))
+        )
+        for _ in range(300)
+    ]
     after = {word: rng.sample(words, 6) for word in words}
     path = Path(folder) / name
     with path.open("w") as file:
@@ -61,30 +72,61 @@ def write_images(folder, train=40, val=11, size=32):
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    for name, colour in zip(("blue", "green", "red", "white"), ((0, 0, 200), (0, 200, 0), (200, 0, 0), (200, 200, 200)), strict=True):
+    for name, colour in zip(
+        ("blue", "green", "red", "white"),
+        ((0, 0, 200), (0, 200, 0), (200, 0, 0), (200, 200, 200)),
+        strict=True,
+    ):
         for split, count in (("train", train), ("val", val)):
             place = Path(folder) / split / name
             place.mkdir(parents=True)
             for i in range(count):
                 noise = rng.integers(-120, 56, (size, size, 3))
-                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(place / f"{i:02}.png")
+                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
+                    place / f"{i:02}.png"
+                )
     return Path(folder)
 
 
 def command(arguments, script="torchrun_main.py", processes=2, options=()):
     """How a user starts a script, from the repository's root."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *options,
+    ]
     return [*(torchrun if processes > 1 else [sys.executable]), script, *map(str, arguments)]
 
 
 def surroundings(changes=None):
     """The environment of a script that is started: W&B, which takes seconds to start, only where a test asks for it."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"} | (changes or {})
+    return (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+        | (changes or {})
+    )
 
 
-def run(arguments, script="torchrun_main.py", processes=2, check=True, environment=None, options=(), cold=False):
-    """Run a script to its end; returns the finished process with its output. cold: from a new interpreter, see warm.py."""
-    return warm.run(command(arguments, script, processes, options), cold, check, cwd=ROOT, env=surroundings(environment))
+def run(
+    arguments,
+    script="torchrun_main.py",
+    processes=2,
+    check=True,
+    environment=None,
+    options=(),
+    cold=False,
+):
+    """Run a script to its end; returns the finished process with its output. cold: from a new interpreter, see support/fork_server.py."""
+    return fork_server.run(
+        command(arguments, script, processes, options),
+        cold,
+        check,
+        cwd=ROOT,
+        env=surroundings(environment),
+    )
 
 
 def read_lines(path):
@@ -105,22 +147,47 @@ def reference_arguments(command=REFERENCE_COMMAND, script="torchrun_main.py", **
 
 def small(folder, **changes):
     sizes = {"max_length": 64, "batch_size": 4, "total_batch_size": 16, "warmup_steps": 4}
-    inputs = {"model_config": folder / "config.json", "dataset": folder / "corpus.jsonl", "tokenizer": "bpe"}
+    inputs = {
+        "model_config": folder / "config.json",
+        "dataset": folder / "corpus.jsonl",
+        "tokenizer": "bpe",
+    }
     return reference_arguments(**inputs | sizes | changes)
 
 
 def exact(inputs, name, *more, **changes):
     """A run of 40 updates in float32 with analyses and a checkpoint at its half."""
-    settings = {"num_training_steps": 40, "unbalancedWD_every": 7, "eval_every": 20, "save_every": 20, "log_every": 1, "dtype": "float32"}
+    settings = {
+        "num_training_steps": 40,
+        "unbalancedWD_every": 7,
+        "eval_every": 20,
+        "save_every": 20,
+        "log_every": 1,
+        "dtype": "float32",
+    }
     return [*small(inputs, save_dir=inputs / name, **settings | changes), *more]
 
 
 def vit(inputs, name, *more, **changes):
     """A run of the published ViT command with a tiny model: 40 updates of 8 images in 2 epochs, analyses, a checkpoint after each epoch."""
-    sizes = {"input_size": 32, "nb_classes": 4, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "num_workers": 1}
-    settings = {"data_path": inputs / "images", "output_dir": inputs / name, "unbalancedWD_every": 7, "log_every": 1}
+    sizes = {
+        "input_size": 32,
+        "nb_classes": 4,
+        "batch_size": 4,
+        "epochs": 2,
+        "warmup_epochs": 1,
+        "num_workers": 1,
+    }
+    settings = {
+        "data_path": inputs / "images",
+        "output_dir": inputs / name,
+        "unbalancedWD_every": 7,
+        "log_every": 1,
+    }
     small_model = ["--model_kwargs", "patch_size=8", "depth=2", "embed_dim=64", "num_heads=2"]
-    words = reference_arguments(VIT_COMMAND, "main_vit.py", **sizes | settings | {"weight_decay_end": 1e-6} | changes)
+    words = reference_arguments(
+        VIT_COMMAND, "main_vit.py", **sizes | settings | {"weight_decay_end": 1e-6} | changes
+    )
     return [*words, *small_model, *more]
 
 
@@ -136,8 +203,20 @@ def trace(folder, rank=0):
 
 def comparable(folder, final=FINAL):
     """Everything of a run that must not depend on whether it was stopped."""
-    timings = ("throughput_", "mfu", "useful_mfu", "seconds", "data_wait_seconds", "analysis_seconds", "eval_seconds", "peak_memory_bytes")
-    metrics = [{k: v for k, v in r.items() if not k.startswith(timings)} for r in read_lines(folder / "metrics.jsonl")]
+    timings = (
+        "throughput_",
+        "mfu",
+        "useful_mfu",
+        "seconds",
+        "data_wait_seconds",
+        "analysis_seconds",
+        "eval_seconds",
+        "peak_memory_bytes",
+    )
+    metrics = [
+        {k: v for k, v in r.items() if not k.startswith(timings)}
+        for r in read_lines(folder / "metrics.jsonl")
+    ]
     return {
         "metrics": metrics,
         "modules": read_lines(folder / "modules.jsonl"),

@@ -4,7 +4,16 @@ import os
 
 import pytest
 
-from end_to_end.common import FAULTY, exact, run, traced, vit, write_config, write_images, write_text
+from tests.end_to_end.common import (
+    FAULTY,
+    exact,
+    run,
+    traced,
+    vit,
+    write_config,
+    write_images,
+    write_text,
+)
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +31,19 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def straight_run(inputs):
     """40 updates on 2 processes, nothing in their way."""
-    run(exact(inputs, "straight"), script=FAULTY, environment=traced(inputs / "straight"), cold=True)
+    run(
+        exact(inputs, "straight"), script=FAULTY, environment=traced(inputs / "straight"), cold=True
+    )
     return inputs / "straight"
 
 
 @pytest.fixture(scope="session")
 def straight_vit(inputs):
     """The same of main_vit.py."""
-    run(vit(inputs, "vit"), script=FAULTY, environment=traced(inputs / "vit", SCRIPT="main_vit"), cold=True)
+    run(
+        vit(inputs, "vit"),
+        script=FAULTY,
+        environment=traced(inputs / "vit", SCRIPT="main_vit"),
+        cold=True,
+    )
     return inputs / "vit"

@@ -20,19 +20,27 @@ from pathlib import Path
 
 import torch
 
-from peft_pretraining.distributed import run_script
+from peft_pretraining.cli.main import run_script
 from peft_pretraining.errors import UserError
 
 RANK = int(os.environ.get("RANK", 0))
 script = importlib.import_module(os.environ.get("SCRIPT", "torchrun_main"))
-forward_backward, build_optimizer, build_model = script.forward_backward, script.build_optimizer, script.build_model
+forward_backward, build_optimizer, build_model = (
+    script.forward_backward,
+    script.build_optimizer,
+    script.build_model,
+)
 now = {"update": None, "nan": False}
 
 
 def fault(what: str, update: int) -> bool:
     wanted, at, who = os.environ.get("FAULT", "none@-1@-1").split("@")
     once = os.environ.get("FAULT_ONCE")
-    due = wanted.rstrip("+") == what and (update == int(at) or wanted.endswith("+") and update > int(at)) and who in ("all", str(RANK))
+    due = (
+        wanted.rstrip("+") == what
+        and (update == int(at) or wanted.endswith("+") and update > int(at))
+        and who in ("all", str(RANK))
+    )
     if not due or once and Path(once).exists():
         return False
     if once:
@@ -51,13 +59,17 @@ def with_faults(steps, done: int):
 def put_faults_into_data() -> None:
     """Into the iterator over this rank's data of each update, which the scripts make in their own ways."""
     if script.__name__ == "main_vit":
-        training_part = script.training_part
-        script.training_part = lambda args, data, done, ranks: with_faults(training_part(args, data, done, ranks), done)
+        build_train_loader = script.build_train_loader
+        script.build_train_loader = lambda args, data, done, ranks: with_faults(
+            build_train_loader(args, data, done, ranks), done
+        )
         return
     training_batches = script.training_batches
 
     def batches_with_faults(*arguments, position, total_batch_size, **named):
-        steps = training_batches(*arguments, position=position, total_batch_size=total_batch_size, **named)
+        steps = training_batches(
+            *arguments, position=position, total_batch_size=total_batch_size, **named
+        )
         return with_faults(steps, (position["rows"] if position else 0) // total_batch_size)
 
     script.training_batches = batches_with_faults
@@ -81,7 +93,9 @@ def forward_backward_with_faults(*arguments):
 
 def build_model_with_faults(*arguments):
     model = build_model(*arguments)
-    next(model.parameters()).register_hook(lambda gradient: gradient * math.nan if now["nan"] else gradient)
+    next(model.parameters()).register_hook(
+        lambda gradient: gradient * math.nan if now["nan"] else gradient
+    )
     return model
 
 
@@ -99,7 +113,9 @@ def write_trace(optimizer, *_) -> None:
         "update": now["update"],
         "weights": digest(parameters),
         "optimizer": digest(moments),
-        "decays": {group.get("module") or "rest": group["weight_decay"] for group in optimizer.param_groups},
+        "decays": {
+            group.get("module") or "rest": group["weight_decay"] for group in optimizer.param_groups
+        },
     }
     with open(f"{os.environ['TRACE']}.rank{RANK}", "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -117,4 +133,4 @@ if __name__ == "__main__":
     script.forward_backward = forward_backward_with_faults
     script.build_model = build_model_with_faults
     script.build_optimizer = build_optimizer_with_trace
-    sys.exit(run_script(script.main))
+    sys.exit(run_script(lambda: script.main(script.parse_arguments())))

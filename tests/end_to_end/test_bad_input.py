@@ -6,8 +6,8 @@ import re
 import pytest
 
 import torchrun_main
-from end_to_end.common import run, write_config, write_text
-from peft_pretraining.distributed import run_script
+from peft_pretraining.cli.main import run_script
+from tests.end_to_end.common import run, write_config, write_text
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def flags(folder, *more):
 def sentence(monkeypatch, capfd, arguments):
     """The one sentence that the script ends with."""
     monkeypatch.setattr("sys.argv", ["torchrun_main.py", *arguments])
-    assert run_script(torchrun_main.main) == 2
+    assert run_script(lambda: torchrun_main.main(torchrun_main.parse_arguments())) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     return lines[0]
@@ -42,25 +42,61 @@ def write(path, text):
 
 CORRUPT = '{"text": "a fine document"}\n{"text": "another"}\n{"text": broken}\n'
 CASES = {
-    "unknown config": (lambda f: ["--model_config", f / "llama_61m.json"], "llama_61m.json: no such file"),
-    "malformed config": (lambda f: ["--model_config", write(f / "bad.json", "{,}")], "bad.json is not valid JSON"),
-    "batch sizes": (lambda f: ["--total_batch_size", 10], "--total_batch_size 10 is not a multiple of --batch_size 4"),
-    "zero steps": (lambda f: ["--num_training_steps", 0], "--num_training_steps 0: it must be above 0"),
-    "negative steps": (lambda f: ["--num_training_steps", -1], "--num_training_steps -1: it must be above 0"),
+    "unknown config": (
+        lambda f: ["--model_config", f / "llama_61m.json"],
+        "llama_61m.json: no such file",
+    ),
+    "malformed config": (
+        lambda f: ["--model_config", write(f / "bad.json", "{,}")],
+        "bad.json is not valid JSON",
+    ),
+    "batch sizes": (
+        lambda f: ["--total_batch_size", 10],
+        "--total_batch_size 10 is not a multiple of --batch_size 4",
+    ),
+    "zero steps": (
+        lambda f: ["--num_training_steps", 0],
+        "--num_training_steps 0: it must be above 0",
+    ),
+    "negative steps": (
+        lambda f: ["--num_training_steps", -1],
+        "--num_training_steps -1: it must be above 0",
+    ),
     "missing data": (lambda f: ["--dataset", f / "nothing.jsonl"], "nothing.jsonl"),
-    "corrupt line": (lambda f: ["--dataset", write(f / "corrupt.jsonl", CORRUPT)], "corrupt.jsonl, line 3"),
+    "corrupt line": (
+        lambda f: ["--dataset", write(f / "corrupt.jsonl", CORRUPT)],
+        "corrupt.jsonl, line 3",
+    ),
     "empty corpus": (lambda f: ["--dataset", write(f / "empty.jsonl", "")], "empty.jsonl"),
     "no network for c4": (lambda f: ["--dataset", "c4"], "--dataset pydocs"),
     "no network for t5-base": (lambda f: ["--tokenizer", "t5-base"], "--tokenizer bpe"),
-    "ratios": (lambda f: ["--use_modulewise_wd", "--wd_min_ratio", 3, "--wd_max_ratio", 1], "swap them"),
+    "ratios": (
+        lambda f: ["--use_modulewise_wd", "--wd_min_ratio", 3, "--wd_max_ratio", 1],
+        "swap them",
+    ),
     "metric": (lambda f: ["--esd_metric_for_tb", "beta"], "invalid choice: 'beta'"),
     "map": (lambda f: ["--assign_func", "cubic"], "invalid choice: 'cubic'"),
     "no checkpoint": (lambda f: ["--continue_from", f / "nowhere"], "no checkpoint there"),
-    "run folder": (lambda f: ["--save_dir", f / "config.json" / "run"], "cannot be written (Not a directory)"),
-    "two decays": (lambda f: ["--use_modulewise_wd", "--use_AWD_NeurIPS2023"], "exclude each other"),
-    "muon in parts": (lambda f: ["--parallel", "fsdp", "--optimizer", "muon"], "give --parallel ddp or another optimizer"),
-    "shards of nothing": (lambda f: ["--fsdp_shard_size", 2], "--fsdp_shard_size is for --parallel fsdp"),
-    "shards that do not divide": (lambda f: ["--parallel", "fsdp", "--fsdp_shard_size", 2], "divide the number of processes, 1;"),
+    "run folder": (
+        lambda f: ["--save_dir", f / "config.json" / "run"],
+        "cannot be written (Not a directory)",
+    ),
+    "two decays": (
+        lambda f: ["--use_modulewise_wd", "--use_AWD_NeurIPS2023"],
+        "exclude each other",
+    ),
+    "muon in parts": (
+        lambda f: ["--parallel", "fsdp", "--optimizer", "muon"],
+        "give --parallel ddp or another optimizer",
+    ),
+    "shards of nothing": (
+        lambda f: ["--fsdp_shard_size", 2],
+        "--fsdp_shard_size is for --parallel fsdp",
+    ),
+    "shards that do not divide": (
+        lambda f: ["--parallel", "fsdp", "--fsdp_shard_size", 2],
+        "divide the number of processes, 1;",
+    ),
     "single_cuda": (lambda f: ["--single_cuda"], "there is no CUDA device here"),
 }
 
@@ -74,25 +110,47 @@ def test_one_clear_sentence(monkeypatch, capfd, folder, case):
 def test_token_outside_the_vocabulary(monkeypatch, capfd, folder):
     """A tokenizer of 512 ids for a model of 300."""
     run(flags(folder, "--num_training_steps", 1, "--save_dir", folder / "first"), processes=1)
-    small = write(folder / "small.json", json.dumps(json.loads((folder / "config.json").read_text()) | {"vocab_size": 300}))
+    small = write(
+        folder / "small.json",
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"vocab_size": 300}),
+    )
     tokenizer = folder / "first/checkpoints/model_1"
-    text = sentence(monkeypatch, capfd, flags(folder, "--model_config", small, "--tokenizer", tokenizer))
-    assert re.search(r"gives the id (3|4|5)\d\d but the model's vocab_size is 300; .* a vocab_size of 512 or more", text)
+    text = sentence(
+        monkeypatch, capfd, flags(folder, "--model_config", small, "--tokenizer", tokenizer)
+    )
+    assert re.search(
+        r"gives the id (3|4|5)\d\d but the model's vocab_size is 300; .* a vocab_size of 512 or more",
+        text,
+    )
 
 
 def test_a_checkpoint_of_another_run(monkeypatch, capfd, folder):
     decay = ["--use_modulewise_wd", "--unbalancedWD_every", 1]
-    run(flags(folder, *decay, "--num_training_steps", 1, "--save_dir", folder / "first"), processes=1)
+    run(
+        flags(folder, *decay, "--num_training_steps", 1, "--save_dir", folder / "first"),
+        processes=1,
+    )
     saved = {p: p.read_bytes() for p in (folder / "first").rglob("*") if p.is_file()}
     more = ["--continue_from", folder / "first", "--num_training_steps", 3]
-    wide = write(folder / "wide.json", json.dumps(json.loads((folder / "config.json").read_text()) | {"intermediate_size": 128}))
+    wide = write(
+        folder / "wide.json",
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"intermediate_size": 128}),
+    )
     text = sentence(monkeypatch, capfd, flags(folder, *decay, *more, "--model_config", wide))
     assert "trained with intermediate_size 96, but the model config says 128" in text
-    assert "trained on other data" in sentence(monkeypatch, capfd, flags(folder, *decay, *more, "--max_length", 16))
+    assert "trained on other data" in sentence(
+        monkeypatch, capfd, flags(folder, *decay, *more, "--max_length", 16)
+    )
     assert "another kind of weight decay" in sentence(monkeypatch, capfd, flags(folder, *more))
-    text = sentence(monkeypatch, capfd, flags(folder, *decay, *more, "--balance_scope", "all_blocks"))
+    text = sentence(
+        monkeypatch, capfd, flags(folder, *decay, *more, "--balance_scope", "all_blocks")
+    )
     assert "does not fit the decay flags" in text and "q_proj" in text
-    text = sentence(monkeypatch, capfd, flags(folder, *decay, "--continue_from", folder / "first", "--num_training_steps", 1))
+    text = sentence(
+        monkeypatch,
+        capfd,
+        flags(folder, *decay, "--continue_from", folder / "first", "--num_training_steps", 1),
+    )
     assert "has made all 1 updates already" in text
     assert saved == {p: p.read_bytes() for p in (folder / "first").rglob("*") if p.is_file()}
 
@@ -100,7 +158,9 @@ def test_a_checkpoint_of_another_run(monkeypatch, capfd, folder):
 def test_a_continued_run_that_died_early_begins_again(folder):
     """Continued from elsewhere and killed before its first own checkpoint, it can be started the same way again."""
     run(flags(folder, "--num_training_steps", 1, "--save_dir", folder / "first"), processes=1)
-    again = flags(folder, "--num_training_steps", 3, "--continue_from", folder / "first/checkpoints/model_1")
+    again = flags(
+        folder, "--num_training_steps", 3, "--continue_from", folder / "first/checkpoints/model_1"
+    )
     (folder / "run").mkdir()
     (folder / "run/metrics.jsonl").write_text((folder / "first/metrics.jsonl").read_text())
     assert "continue from" in run(again, processes=1).stderr

@@ -5,21 +5,48 @@ import signal
 import time
 
 import pytest
-import warm
 
-from end_to_end.common import FAULTY, FINAL, ROOT, command, comparable, exact, read_lines, run, surroundings, trace, traced
+from tests.end_to_end.common import (
+    FAULTY,
+    FINAL,
+    ROOT,
+    command,
+    comparable,
+    exact,
+    read_lines,
+    run,
+    surroundings,
+    trace,
+    traced,
+)
+from tests.support import fork_server
 
 
 def faulty(inputs, name, fault, *flags, once=False, environment=None, **changes):
     """The undisturbed run's settings, and a fault."""
-    more = {"FAULT": fault} | ({"FAULT_ONCE": str(inputs / f"{name}.once")} if once else {}) | (environment or {})
+    more = (
+        {"FAULT": fault}
+        | ({"FAULT_ONCE": str(inputs / f"{name}.once")} if once else {})
+        | (environment or {})
+    )
     options, cold = changes.pop("options", ()), changes.pop("cold", False)
     arguments = exact(inputs, name, *flags, **changes)
-    return run(arguments, script=FAULTY, check=False, environment=traced(inputs / name, **more), options=options, cold=cold)
+    return run(
+        arguments,
+        script=FAULTY,
+        check=False,
+        environment=traced(inputs / name, **more),
+        options=options,
+        cold=cold,
+    )
 
 
 def resumed(inputs, name):
-    run(exact(inputs, name, "--continue_from", "auto"), script=FAULTY, environment=traced(inputs / name))
+    run(
+        exact(inputs, name, "--continue_from", "auto"),
+        script=FAULTY,
+        environment=traced(inputs / name),
+    )
     return comparable(inputs / name)
 
 
@@ -41,13 +68,15 @@ def test_killed_at_random_instants(inputs, straight_run):
     arguments = exact(inputs, "random", "--continue_from", "auto", save_every=4)
     kills = 0
     for _ in range(40):
-        running = warm.start(command(arguments, FAULTY), cwd=ROOT, env=surroundings(traced(inputs / "random")))
+        running = fork_server.start(
+            command(arguments, FAULTY), cwd=ROOT, env=surroundings(traced(inputs / "random"))
+        )
         if kills < 5:
             wait_for_update(inputs / "random", running, kills * 7 + 2)
             time.sleep(rng.random() * 0.3)
             kills += running.poll() is None
-            for pid in (*warm.descendants(running.pid), running.pid):
-                warm.kill(pid)
+            for pid in (*fork_server.descendants(running.pid), running.pid):
+                fork_server.kill(pid)
         if running.wait(timeout=120) == 0:
             break
     wanted, found = comparable(straight_run), comparable(inputs / "random")
@@ -58,13 +87,17 @@ def wait_for_update(folder, running, update):
     """Until the run has logged that update, or ended."""
     deadline = time.monotonic() + 120
     while running.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and f'"update_step": {update},' in (folder / "metrics.jsonl").read_text():
+        if (folder / "metrics.jsonl").exists() and f'"update_step": {update},' in (
+            folder / "metrics.jsonl"
+        ).read_text():
             return
         time.sleep(0.02)
 
 
 def test_torchrun_restarts_resume_by_themselves(inputs, straight_run):
-    done = faulty(inputs, "restarted", "kill@27@1", once=True, options=["--max-restarts=1"], cold=True)
+    done = faulty(
+        inputs, "restarted", "kill@27@1", once=True, options=["--max-restarts=1"], cold=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continue from" in done.stderr
     assert comparable(inputs / "restarted") == comparable(straight_run)
@@ -76,17 +109,28 @@ def test_a_signal_saves_after_the_current_update(inputs, straight_run, fault, co
     update = int(fault.split("@")[1])
     done = faulty(inputs, name, fault, cold=True)
     assert done.returncode == code or code is None
-    assert f"stopped after update {update}; the same command with --continue_from auto goes on" in done.stderr
+    assert (
+        f"stopped after update {update}; the same command with --continue_from auto goes on"
+        in done.stderr
+    )
     assert (inputs / name / f"checkpoints/model_{update}/manifest.json").is_file()
-    assert sorted(trace(inputs / name, 0)) == sorted(trace(inputs / name, 1)) == list(range(1, update + 1))
+    assert (
+        sorted(trace(inputs / name, 0))
+        == sorted(trace(inputs / name, 1))
+        == list(range(1, update + 1))
+    )
     assert resumed(inputs, name)["trace"] == comparable(straight_run)["trace"]
 
 
 def test_a_second_signal_ends_at_once(inputs):
-    arguments = exact(inputs, "impatient", num_training_steps=100_000, save_every=100_000, eval_every=100_000)
+    arguments = exact(
+        inputs, "impatient", num_training_steps=100_000, save_every=100_000, eval_every=100_000
+    )
     begun = inputs / "impatient.once"
-    environment = surroundings(traced(inputs / "impatient", FAULT="slow@3@0", FAULT_ONCE=str(begun)))
-    running = warm.start(command(arguments, FAULTY, processes=1), cwd=ROOT, env=environment)
+    environment = surroundings(
+        traced(inputs / "impatient", FAULT="slow@3@0", FAULT_ONCE=str(begun))
+    )
+    running = fork_server.start(command(arguments, FAULTY, processes=1), cwd=ROOT, env=environment)
     while running.poll() is None and not begun.exists():
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
@@ -101,21 +145,38 @@ def test_what_is_not_finite_on_one_rank_is_applied_on_none(inputs):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         after = trace(inputs / "nan", rank)
-        assert after[5]["weights"] == after[4]["weights"] and after[5]["optimizer"] == after[4]["optimizer"]
+        assert (
+            after[5]["weights"] == after[4]["weights"]
+            and after[5]["optimizer"] == after[4]["optimizer"]
+        )
         assert after[6]["weights"] != after[5]["weights"]
     assert trace(inputs / "nan", 0) == trace(inputs / "nan", 1)
-    assert "update 5: the loss or a gradient is not finite on rank 1; no rank applies the update" in done.stderr
-    assert [r["update_step"] for r in read_lines(inputs / "nan/metrics.jsonl") if r.get("skipped_updates")] == [5]
+    assert (
+        "update 5: the loss or a gradient is not finite on rank 1; no rank applies the update"
+        in done.stderr
+    )
+    assert [
+        r["update_step"]
+        for r in read_lines(inputs / "nan/metrics.jsonl")
+        if r.get("skipped_updates")
+    ] == [5]
 
 
 def test_too_many_updates_that_are_not_finite(inputs):
     done = faulty(inputs, "nans", "nan+@5@0", "--max_skipped_updates", 3)
     assert done.returncode != 0
-    assert "error: the loss or a gradient was not finite in 3 updates in a row, up to update 7: lower --lr" in done.stderr
+    assert (
+        "error: the loss or a gradient was not finite in 3 updates in a row, up to update 7: lower --lr"
+        in done.stderr
+    )
     after = trace(inputs / "nans")
     assert max(after) == 7 and after[7]["weights"] == after[4]["weights"]
     assert sorted(p.name for p in (inputs / "nans/checkpoints").iterdir()) == ["model_7"]
-    run(exact(inputs, "nans", "--continue_from", "auto"), script=FAULTY, environment=traced(inputs / "nans"))
+    run(
+        exact(inputs, "nans", "--continue_from", "auto"),
+        script=FAULTY,
+        environment=traced(inputs / "nans"),
+    )
     assert len(trace(inputs / "nans")) == 40
 
 
@@ -123,13 +184,20 @@ def test_data_that_fail_on_one_rank_stop_all_with_a_checkpoint(inputs, straight_
     done = faulty(inputs, "unreadable", "data@24@1")
     assert done.returncode != 0
     assert "error: corpus.jsonl cannot be read (rank 1)" in done.stderr
-    assert sorted(trace(inputs / "unreadable", 0)) == sorted(trace(inputs / "unreadable", 1)) == list(range(1, 24))
+    assert (
+        sorted(trace(inputs / "unreadable", 0))
+        == sorted(trace(inputs / "unreadable", 1))
+        == list(range(1, 24))
+    )
     assert resumed(inputs, "unreadable")["trace"] == comparable(straight_run)["trace"]
 
 
 def test_data_that_end_stop_all_ranks_at_the_same_update(inputs):
     done = run(
-        exact(inputs, "short", "--max_passes", 1, num_training_steps=400), script=FAULTY, check=False, environment=traced(inputs / "short")
+        exact(inputs, "short", "--max_passes", 1, num_training_steps=400),
+        script=FAULTY,
+        check=False,
+        environment=traced(inputs / "short"),
     )
     assert done.returncode != 0 and "--max_passes" in done.stderr
     updates = [max(trace(inputs / "short", rank)) for rank in (0, 1)]

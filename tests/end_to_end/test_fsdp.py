@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from end_to_end.common import FINAL, exact, read_lines, run
+from tests.end_to_end.common import FINAL, exact, read_lines, run
 
 QUIET = {"WANDB_MODE": "disabled"}
 
@@ -17,28 +17,51 @@ def sharded_run(inputs):
 
 
 def same_numbers(folder, other):
-    metrics = [{r["update_step"]: {} for r in read_lines(path / "metrics.jsonl")} for path in (folder, other)]
+    metrics = [
+        {r["update_step"]: {} for r in read_lines(path / "metrics.jsonl")}
+        for path in (folder, other)
+    ]
     for of, path in zip(metrics, (folder, other), strict=True):
         for record in read_lines(path / "metrics.jsonl"):
-            kept = ("loss", "eval_loss", "grad_norm", "weight_decay", "tokens_seen", "eval_tokens", "reference_perplexity")
+            kept = (
+                "loss",
+                "eval_loss",
+                "grad_norm",
+                "weight_decay",
+                "tokens_seen",
+                "eval_tokens",
+                "reference_perplexity",
+            )
             of[record["update_step"]] |= {name: record[name] for name in kept if name in record}
     assert list(metrics[0]) == list(metrics[1]) == list(range(1, 41))
     for update, numbers in metrics[0].items():
         assert numbers == pytest.approx(metrics[1][update], rel=1e-5), update
     modules = [read_lines(path / "modules.jsonl") for path in (folder, other)]
     for a, b in zip(*modules, strict=True):
-        assert [a[name] for name in ("step", "module", "type", "block")] == [b[name] for name in ("step", "module", "type", "block")]
-        assert [a["alpha"], a["weight_decay"]] == pytest.approx([b["alpha"], b["weight_decay"]], rel=1e-5)
+        assert [a[name] for name in ("step", "module", "type", "block")] == [
+            b[name] for name in ("step", "module", "type", "block")
+        ]
+        assert [a["alpha"], a["weight_decay"]] == pytest.approx(
+            [b["alpha"], b["weight_decay"]], rel=1e-5
+        )
 
 
 def test_losses_alphas_and_decays_are_those_of_ddp(sharded_run, straight_run):
     same_numbers(sharded_run, straight_run)
-    files = [json.loads((folder / FINAL / "manifest.json").read_text()) for folder in (sharded_run, straight_run)]
+    files = [
+        json.loads((folder / FINAL / "manifest.json").read_text())
+        for folder in (sharded_run, straight_run)
+    ]
     assert files[0].keys() == files[1].keys()
-    assert json.loads((sharded_run / FINAL / "config.json").read_text()) == json.loads((straight_run / FINAL / "config.json").read_text())
+    assert json.loads((sharded_run / FINAL / "config.json").read_text()) == json.loads(
+        (straight_run / FINAL / "config.json").read_text()
+    )
 
 
 def test_ddp_goes_on_from_its_checkpoint(inputs, sharded_run, straight_run):
-    done = run(exact(inputs, "gathered", "--continue_from", sharded_run / "checkpoints/model_20"), environment=QUIET)
+    done = run(
+        exact(inputs, "gathered", "--continue_from", sharded_run / "checkpoints/model_20"),
+        environment=QUIET,
+    )
     assert "will not be the one it continues" not in done.stderr
     same_numbers(inputs / "gathered", straight_run)

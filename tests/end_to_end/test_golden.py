@@ -11,22 +11,53 @@ from pathlib import Path
 import pytest
 import torch
 
-from end_to_end.common import read_lines, run, write_config, write_text
+from tests.end_to_end.common import read_lines, run, write_config, write_text
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
 def machine():
     """Where float additions happen in the same order."""
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine()}
+    return {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+    }
 
 
 def test_golden_losses(tmp_path, monkeypatch):
     monkeypatch.setenv("ALPHADECAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    arguments = ["--model_config", write_config(tmp_path), "--dataset", write_text(tmp_path), "--tokenizer", "bpe", "--max_length", 64]
-    arguments += ["--batch_size", 8, "--total_batch_size", 16, "--num_training_steps", 100, "--dtype", "float32", "--log_every", 1]
-    arguments += ["--use_modulewise_wd", "--alpha_positively_with_WD", "--unbalancedWD_every", 10, "--weight_decay", 1e-3]
+    arguments = [
+        "--model_config",
+        write_config(tmp_path),
+        "--dataset",
+        write_text(tmp_path),
+        "--tokenizer",
+        "bpe",
+        "--max_length",
+        64,
+    ]
+    arguments += [
+        "--batch_size",
+        8,
+        "--total_batch_size",
+        16,
+        "--num_training_steps",
+        100,
+        "--dtype",
+        "float32",
+        "--log_every",
+        1,
+    ]
+    arguments += [
+        "--use_modulewise_wd",
+        "--alpha_positively_with_WD",
+        "--unbalancedWD_every",
+        10,
+        "--weight_decay",
+        1e-3,
+    ]
     run([*arguments, "--save_dir", tmp_path / "run"], processes=1)
     losses = [r["loss"] for r in read_lines(tmp_path / "run/metrics.jsonl") if "loss" in r]
     if os.environ.get("REWRITE_GOLDEN"):

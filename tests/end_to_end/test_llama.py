@@ -8,16 +8,26 @@ import shlex
 import pytest
 import torch
 
-from alphadecay.methods import METHODS
-from end_to_end.common import REFERENCE_COMMAND, ROOT, exact, read_lines, run, small, trace
+from alphadecay.cli.presets import METHODS
+from tests.end_to_end.common import REFERENCE_COMMAND, ROOT, exact, read_lines, run, small, trace
 
 # A method's name settles these.
-PUBLISHED_METHOD = ("--use_modulewise_wd", "--alpha_positively_with_WD", "--esd_metric_for_tb", "alpha", "--assign_func", "tb_linear_map")
+PUBLISHED_METHOD = (
+    "--use_modulewise_wd",
+    "--alpha_positively_with_WD",
+    "--esd_metric_for_tb",
+    "alpha",
+    "--assign_func",
+    "tb_linear_map",
+)
 
 
-def test_the_readme_prints_the_reference_command():
-    readme = (ROOT / "README.md").read_text()
-    commands = [" ".join(block.replace("\\\n", " ").split()) for block in re.findall(r"```bash\n(.*?)```", readme, re.S)]
+def test_the_documentation_shows_the_reference_command():
+    text = (ROOT / "docs/pretrain_llama.md").read_text()
+    commands = [
+        " ".join(block.replace("\\\n", " ").split())
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+    ]
     assert any(REFERENCE_COMMAND in command for command in commands)
 
 
@@ -35,7 +45,14 @@ def test_the_reference_command_is_accepted_verbatim(monkeypatch):
 @pytest.fixture(scope="module")
 def reference_run(inputs):
     """The published command with a small config, local data and 20 steps."""
-    arguments = small(inputs, num_training_steps=20, unbalancedWD_every=5, eval_every=10, save_every=10, save_dir=inputs / "reference")
+    arguments = small(
+        inputs,
+        num_training_steps=20,
+        unbalancedWD_every=5,
+        eval_every=10,
+        save_every=10,
+        save_dir=inputs / "reference",
+    )
     done = run(arguments, environment={"WANDB_MODE": "offline"}, cold=True)
     return inputs / "reference", done
 
@@ -59,29 +76,49 @@ def test_it_trains_evaluates_saves_and_reports(reference_run):
     assert done.stderr.count("data:") == 1  # one rank speaks
 
 
-def test_a_finished_run_is_evaluated_on_other_text(reference_run, inputs, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_evaluated_on_other_text(
+    reference_run, inputs, tmp_path, monkeypatch, capsys
+):
     """On its own validation documents it gives the run's own loss; what is known is not computed again."""
     from peft_pretraining import evaluate_checkpoint
-    from peft_pretraining.sources import open_source, split_documents
+    from peft_pretraining.data.sources.registry import open_source
+    from peft_pretraining.data.sources.split import split_documents
 
     folder, _ = reference_run
     held_out = split_documents(open_source(str(inputs / "corpus.jsonl"), 5, tmp_path)).validation
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in held_out))
-    monkeypatch.setattr("sys.argv", ["evaluate_checkpoint", str(folder), "--documents", str(tmp_path / "own.jsonl"), "--as", "own"])
-    evaluate_checkpoint.main()
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in held_out)
+    )
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "evaluate_checkpoint",
+            str(folder),
+            "--documents",
+            str(tmp_path / "own.jsonl"),
+            "--as",
+            "own",
+        ],
+    )
+    evaluate_checkpoint.main(evaluate_checkpoint.parse_arguments())
     (record,) = read_lines(folder / "evaluations.jsonl")
     final = read_lines(folder / "metrics.jsonl")[-1]
     assert record["checkpoint"] == "model_20" and record["eval_tokens"] == final["eval_tokens"] > 0
-    assert record["eval_loss"] == pytest.approx(final["eval_loss"], rel=1e-5)  # in batches of other shapes
+    assert record["eval_loss"] == pytest.approx(
+        final["eval_loss"], rel=1e-5
+    )  # in batches of other shapes
     monkeypatch.setattr(evaluate_checkpoint, "evaluate", None)
-    evaluate_checkpoint.main()
-    assert len(read_lines(folder / "evaluations.jsonl")) == 1 and capsys.readouterr().out.count("on own: loss") == 2
+    evaluate_checkpoint.main(evaluate_checkpoint.parse_arguments())
+    assert (
+        len(read_lines(folder / "evaluations.jsonl")) == 1
+        and capsys.readouterr().out.count("on own: loss") == 2
+    )
 
 
 def test_transformers_loads_the_checkpoint(reference_run):
     import transformers
 
-    from peft_pretraining.modeling_llama import LlamaForCausalLM
+    from peft_pretraining.model.modeling_llama import LlamaForCausalLM
 
     folder = reference_run[0] / "checkpoints/model_20"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -108,7 +145,10 @@ def test_one_process_sees_the_same_batches(inputs, straight_run):
 def test_another_number_of_processes_goes_on(inputs, straight_run, processes):
     """From the checkpoint that two processes made after update 20."""
     name = f"on-{processes}"
-    run(exact(inputs, name, "--continue_from", straight_run / "checkpoints/model_20"), processes=processes)
+    run(
+        exact(inputs, name, "--continue_from", straight_run / "checkpoints/model_20"),
+        processes=processes,
+    )
     assert_same_numbers(inputs / name, straight_run)
 
 
@@ -140,8 +180,26 @@ def test_an_existing_run_is_not_overwritten(inputs, reference_run):
     ],
 )
 def test_other_flags_run(inputs, flags, tmp_path):
-    base = ["--model_config", inputs / "config.json", "--dataset", inputs / "corpus.jsonl", "--tokenizer", "bpe", "--max_length", 32]
-    base += ["--batch_size", 4, "--total_batch_size", 8, "--num_training_steps", 4, "--unbalancedWD_every", 2]
+    base = [
+        "--model_config",
+        inputs / "config.json",
+        "--dataset",
+        inputs / "corpus.jsonl",
+        "--tokenizer",
+        "bpe",
+        "--max_length",
+        32,
+    ]
+    base += [
+        "--batch_size",
+        4,
+        "--total_batch_size",
+        8,
+        "--num_training_steps",
+        4,
+        "--unbalancedWD_every",
+        2,
+    ]
     base += ["--save_dir", tmp_path / "run"]
     run([*base, *flags.split()], processes=1)
     final = read_lines(tmp_path / "run/metrics.jsonl")[-1]
@@ -149,15 +207,38 @@ def test_other_flags_run(inputs, flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--method adadecay --optimizer adamw", "--method gradnorm --iso_budget --optimizer muon --adamc", "--method one_shot"]
+    "flags",
+    [
+        "--method adadecay --optimizer adamw",
+        "--method gradnorm --iso_budget --optimizer muon --adamc",
+        "--method one_shot",
+    ],
 )
 def test_methods_resume_exactly(inputs, flags, tmp_path):
     """From the middle the same weights and optimizer as without a stop, and run.json says what the name stands for."""
-    base = exact(inputs, "unused", *flags.split(), num_training_steps=8, unbalancedWD_every=2, save_every=4, eval_every=8)
-    for name, more in (("straight", []), ("resumed", ["--continue_from", tmp_path / "straight/checkpoints/model_4"])):
+    base = exact(
+        inputs,
+        "unused",
+        *flags.split(),
+        num_training_steps=8,
+        unbalancedWD_every=2,
+        save_every=4,
+        eval_every=8,
+    )
+    for name, more in (
+        ("straight", []),
+        ("resumed", ["--continue_from", tmp_path / "straight/checkpoints/model_4"]),
+    ):
         base[base.index("--save_dir") + 1] = tmp_path / name
-        run([word for word in base if word not in PUBLISHED_METHOD] + more, processes=1, environment={"WANDB_MODE": "disabled"})
-    manifests = [json.loads((tmp_path / name / "checkpoints/model_8/manifest.json").read_text()) for name in ("straight", "resumed")]
+        run(
+            [word for word in base if word not in PUBLISHED_METHOD] + more,
+            processes=1,
+            environment={"WANDB_MODE": "disabled"},
+        )
+    manifests = [
+        json.loads((tmp_path / name / "checkpoints/model_8/manifest.json").read_text())
+        for name in ("straight", "resumed")
+    ]
     for file in ("model.safetensors", "training_state/optimizer.pt"):
         assert manifests[0][file] == manifests[1][file]
     arguments = json.loads((tmp_path / "straight/run.json").read_text())["arguments"]

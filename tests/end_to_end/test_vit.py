@@ -10,7 +10,17 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from end_to_end.common import FAULTY, ROOT, VIT_COMMAND, comparable, read_lines, run, trace, traced, vit
+from tests.end_to_end.common import (
+    FAULTY,
+    ROOT,
+    VIT_COMMAND,
+    comparable,
+    read_lines,
+    run,
+    trace,
+    traced,
+    vit,
+)
 
 FINAL = "checkpoints/model_40"
 
@@ -18,18 +28,27 @@ FINAL = "checkpoints/model_40"
 def faulty(inputs, name, fault, *flags, check=False, **changes):
     """The undisturbed run's settings, and a fault."""
     environment = traced(inputs / name, SCRIPT="main_vit", FAULT=fault)
-    return run(vit(inputs, name, *flags, **changes), script=FAULTY, check=check, environment=environment)
+    return run(
+        vit(inputs, name, *flags, **changes), script=FAULTY, check=check, environment=environment
+    )
 
 
 def resumed(inputs, name, **changes):
-    done = run(vit(inputs, name, **changes), script=FAULTY, environment=traced(inputs / name, SCRIPT="main_vit"))
+    done = run(
+        vit(inputs, name, **changes),
+        script=FAULTY,
+        environment=traced(inputs / name, SCRIPT="main_vit"),
+    )
     assert "will not be the one it continues" not in done.stderr
     return comparable(inputs / name)
 
 
-def test_the_readme_prints_the_reference_command():
-    readme = (ROOT / "README.md").read_text()
-    commands = [" ".join(block.replace("\\\n", " ").split()) for block in re.findall(r"```bash\n(.*?)```", readme, re.S)]
+def test_the_documentation_shows_the_reference_command():
+    text = (ROOT / "docs/pretrain_vit.md").read_text()
+    commands = [
+        " ".join(block.replace("\\\n", " ").split())
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+    ]
     assert any(VIT_COMMAND in command for command in commands)
 
 
@@ -40,8 +59,15 @@ def test_the_reference_command_is_accepted_verbatim(monkeypatch):
     monkeypatch.setattr("sys.argv", words[words.index("main_vit.py") :])
     monkeypatch.setenv("WORLD_SIZE", "2")
     args = main_vit.parse_arguments()
-    assert (args.total_batch_size, args.nb_classes, args.epochs, args.weight_decay) == (384, 1000, 120, 5e-6)
-    assert args.model_ema and args.model_ema_eval and args.name == "NAME" and args.output_dir == "OUT"
+    assert (args.total_batch_size, args.nb_classes, args.epochs, args.weight_decay) == (
+        384,
+        1000,
+        120,
+        5e-6,
+    )
+    assert (
+        args.model_ema and args.model_ema_eval and args.name == "NAME" and args.output_dir == "OUT"
+    )
 
 
 def test_it_trains_evaluates_saves_and_reports(straight_vit):
@@ -49,22 +75,46 @@ def test_it_trains_evaluates_saves_and_reports(straight_vit):
     losses = [r["loss"] for r in metrics if "loss" in r]
     assert len(losses) == 40
     evaluations = [r for r in metrics if "top1" in r]
-    assert [(r["update_step"], r["final"], r["eval_images"]) for r in evaluations] == [(20, False, 44), (40, True, 44)]
-    assert evaluations[-1]["top1"] > 60 and evaluations[-1]["top5"] == 100 and "ema_top1" in evaluations[-1]  # 25 by chance
-    assert sorted({r["step"] for r in read_lines(straight_vit / "modules.jsonl")}) == [0, 7, 14, 21, 28, 35]
-    assert sorted(p.name for p in (straight_vit / "checkpoints").iterdir()) == ["model_20", "model_40"]
+    assert [(r["update_step"], r["final"], r["eval_images"]) for r in evaluations] == [
+        (20, False, 44),
+        (40, True, 44),
+    ]
+    assert (
+        evaluations[-1]["top1"] > 60
+        and evaluations[-1]["top5"] == 100
+        and "ema_top1" in evaluations[-1]
+    )  # 25 by chance
+    assert sorted({r["step"] for r in read_lines(straight_vit / "modules.jsonl")}) == [
+        0,
+        7,
+        14,
+        21,
+        28,
+        35,
+    ]
+    assert sorted(p.name for p in (straight_vit / "checkpoints").iterdir()) == [
+        "model_20",
+        "model_40",
+    ]
     assert "<svg" in (straight_vit / "report.html").read_text()
     best = json.loads((straight_vit / "best/accuracy.json").read_text())
     assert best["top1"] == max(r["top1"] for r in evaluations)
-    assert json.loads((straight_vit / "best_ema/accuracy.json").read_text())["top1"] == max(r["ema_top1"] for r in evaluations)
+    assert json.loads((straight_vit / "best_ema/accuracy.json").read_text())["top1"] == max(
+        r["ema_top1"] for r in evaluations
+    )
 
 
 def test_the_schedule_of_eta_scales_all_decays_alike(straight_vit):
     """weight_decay_end 1e-6 of 5e-6: the ratios are those that the analysis gave, at every update."""
     decays = [line["decays"] for line in trace(straight_vit).values()]
     ratios = [{name: decay / of["rest"] for name, decay in of.items()} for of in decays]
-    assert decays[0]["rest"] == pytest.approx(5e-6, rel=0.01) and decays[-1]["rest"] == pytest.approx(1e-6)
-    modules = {(r["step"], r["module"]): r["weight_decay"] / 5e-6 for r in read_lines(straight_vit / "modules.jsonl")}
+    assert decays[0]["rest"] == pytest.approx(5e-6, rel=0.01) and decays[-1][
+        "rest"
+    ] == pytest.approx(1e-6)
+    modules = {
+        (r["step"], r["module"]): r["weight_decay"] / 5e-6
+        for r in read_lines(straight_vit / "modules.jsonl")
+    }
     for update in range(40):
         step = (update + 1) // 7 * 7
         for name, ratio in ratios[update].items():
@@ -75,7 +125,9 @@ def test_timm_loads_the_checkpoint(straight_vit):
     size = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2}
     for folder in (straight_vit / FINAL, straight_vit / "best_ema"):
         weights = folder / "model.safetensors"
-        model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(weights), num_classes=4, **size)
+        model = timm.create_model(
+            "deit_tiny_patch16_224", checkpoint_path=str(weights), num_classes=4, **size
+        )
         whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
         image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(model.eval()(image), whole.eval()(image))
@@ -83,12 +135,19 @@ def test_timm_loads_the_checkpoint(straight_vit):
 
 
 def test_ranks_are_bit_identical(straight_vit):
-    assert trace(straight_vit, 0) == trace(straight_vit, 1) and list(trace(straight_vit)) == list(range(1, 41))
+    assert trace(straight_vit, 0) == trace(straight_vit, 1) and list(trace(straight_vit)) == list(
+        range(1, 41)
+    )
 
 
 def test_one_process_sees_the_same_batches(inputs, straight_vit):
     """The same micro-batches one after another, mixed and dropped alike: the same losses but for the order of float additions."""
-    run(vit(inputs, "vit-alone", update_freq=2, num_workers=0), script="main_vit.py", processes=1, environment={"WANDB_MODE": "disabled"})
+    run(
+        vit(inputs, "vit-alone", update_freq=2, num_workers=0),
+        script="main_vit.py",
+        processes=1,
+        environment={"WANDB_MODE": "disabled"},
+    )
     runs = [read_lines(folder / "metrics.jsonl") for folder in (inputs / "vit-alone", straight_vit)]
     for name in ("loss", "grad_norm", "weight_decay", "images_seen", "lr"):
         alone, together = ([r[name] for r in records if name in r] for records in runs)
@@ -102,14 +161,25 @@ def test_killed_and_resumed_is_bit_exact(inputs, straight_vit, fault, every):
     assert faulty(inputs, name, fault, save_every=every).returncode != 0
     assert not (inputs / name / FINAL).exists()
     assert resumed(inputs, name) == comparable(straight_vit)
-    weights = [inputs / run / best / "model.safetensors" for best in ("best", "best_ema") for run in ("vit", name)]
-    assert weights[0].read_bytes() == weights[1].read_bytes() and weights[2].read_bytes() == weights[3].read_bytes()
+    weights = [
+        inputs / run / best / "model.safetensors"
+        for best in ("best", "best_ema")
+        for run in ("vit", name)
+    ]
+    assert (
+        weights[0].read_bytes() == weights[1].read_bytes()
+        and weights[2].read_bytes() == weights[3].read_bytes()
+    )
 
 
 def test_a_signal_saves_in_the_middle_of_an_epoch(inputs, straight_vit):
     done = faulty(inputs, "vit-signal", "SIGUSR1@13@1")
-    assert done.returncode == 0 and "stopped after update 13; the same command goes on" in done.stderr
-    assert resumed(inputs, "vit-signal", num_workers=0)["trace"] == comparable(straight_vit)["trace"]
+    assert (
+        done.returncode == 0 and "stopped after update 13; the same command goes on" in done.stderr
+    )
+    assert (
+        resumed(inputs, "vit-signal", num_workers=0)["trace"] == comparable(straight_vit)["trace"]
+    )
 
 
 def test_what_is_not_finite_on_one_rank_is_applied_on_none(inputs):
@@ -125,7 +195,11 @@ def test_accuracy_is_the_same_for_any_ranks_and_batches(inputs, straight_vit):
     for processes, size in ((1, 6), (2, 10), (3, 14)):
         words = vit(inputs, "vit-eval", "--eval", "true", "--resume", straight_vit, batch_size=size)
         done = run(words, script="main_vit.py", processes=processes)
-        said.add(re.search(r"top-1 ([\d.]+) %, top-5 100.00 %, loss ([\d.]+) over 44 images", done.stderr).groups())
+        said.add(
+            re.search(
+                r"top-1 ([\d.]+) %, top-5 100.00 %, loss ([\d.]+) over 44 images", done.stderr
+            ).groups()
+        )
     final = read_lines(straight_vit / "metrics.jsonl")[-1]
     assert said == {(f"{final['top1']:.2f}", f"{final['eval_loss']:.4f}")}
 
@@ -138,7 +212,10 @@ def test_an_image_that_cannot_be_read(inputs, tmp_path):
     words = vit(tmp_path, "run", epochs=1, warmup_epochs=0)
     done = run(words, script="main_vit.py", check=False, environment={"WANDB_MODE": "disabled"})
     assert done.returncode != 0
-    assert f"error: {bad} cannot be read as an image" in done.stderr and "--skip_bad_images" in done.stderr
+    assert (
+        f"error: {bad} cannot be read as an image" in done.stderr
+        and "--skip_bad_images" in done.stderr
+    )
     assert (tmp_path / "run/checkpoints/model_20/manifest.json").is_file()
     words = vit(tmp_path, "again", "--skip_bad_images", "true", epochs=1, warmup_epochs=0)
     done = run(words, script="main_vit.py", environment={"WANDB_MODE": "disabled"})
@@ -155,7 +232,18 @@ def test_an_image_that_cannot_be_read(inputs, tmp_path):
     ],
 )
 def test_other_models_and_flags_run(inputs, tmp_path, flags):
-    base = ["--data_path", inputs / "images", "--nb_classes", 4, "--input_size", 32, "--batch_size", 80, "--epochs", 2]
+    base = [
+        "--data_path",
+        inputs / "images",
+        "--nb_classes",
+        4,
+        "--input_size",
+        32,
+        "--batch_size",
+        80,
+        "--epochs",
+        2,
+    ]
     base += [
         "--warmup_epochs",
         1,

@@ -1,0 +1,1 @@
+"""Baselines that set weight decays without a spectrum: AWD and AdaDecay."""

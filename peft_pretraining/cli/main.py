@@ -1,0 +1,58 @@
+"""Run a script: a user error ends it with one line and exit code 2."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from peft_pretraining.errors import UserError
+
+Arguments = TypeVar("Arguments")
+USER_ERROR = 2  # exit code, that of argparse
+# torchrun ends the other ranks as soon as rank 0 has failed. Waiting this long before printing
+# means that an error that all ranks have is printed by rank 0 only.
+SECONDS_FOR_RANK_0 = 5
+
+
+def run_script(main: Callable[..., None], *arguments: object) -> int:
+    """Run a script's main function.
+
+    Args:
+        main: the function.
+        arguments: what it is called with.
+
+    Returns:
+        The exit code: 0, or 2 if the function raised UserError. The message is then printed as one
+        line, without a traceback.
+    """
+    try:
+        main(*arguments)
+    except UserError as error:
+        return _report(error)
+    return 0
+
+
+def parse_or_exit(parse: Callable[[], Arguments]) -> Arguments:
+    """Return the parsed arguments, or end the process as `run_script` does.
+
+    A script calls this before its slow imports, so that `--help` and a mistyped flag are answered
+    at once.
+
+    Args:
+        parse: parses the command line and raises UserError for a mistake in it.
+    """
+    try:
+        return parse()
+    except UserError as error:
+        sys.exit(_report(error))
+
+
+def _report(error: UserError) -> int:
+    """Print a user error in one line, on rank 0 if all ranks have it. Return the exit code."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(SECONDS_FOR_RANK_0)
+    where = f" on rank {rank}" if rank else ""
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR

@@ -1,0 +1,1 @@
+"""From the data set's name to a rank's batches. May import `utils`, `errors`, `constants`."""

@@ -1,0 +1,53 @@
+"""Iterate over a DataLoader, with a clear error when a worker process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from peft_pretraining.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+
+def iterate_loader(loader: DataLoader, what: str, flag: str) -> Iterator:
+    """Yield the items of a DataLoader.
+
+    Args:
+        loader: The DataLoader.
+        what: What its workers read, for the error message.
+        flag: The command-line flag that sets the number of workers, for the error message.
+
+    Raises:
+        UserError: A worker process was killed.
+    """
+    with _preserve_sigchld_handler():
+        items = iter(loader)
+    try:
+        yield from items
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise UserError(
+            f"A process that reads the {what} was killed ({error}), most often because memory ran "
+            f"out; give fewer {flag}, or more memory, and continue from the last checkpoint."
+        ) from error
+
+
+@contextlib.contextmanager
+def _preserve_sigchld_handler() -> Iterator[None]:
+    """Restore the SIGCHLD handler that torch replaces when it starts workers.
+
+    torch's handler raises an error at any point of the main thread as soon as a worker dies.
+    Without it the same error is raised when the next item is requested.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set signal handlers; torch does not set one here either.
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

@@ -1,0 +1,1 @@
+"""The LLaMA model and the loss of its output layer."""

@@ -1,0 +1,4 @@
+"""Process group, DistributedDataParallel and fully sharded training.
+
+May import `constants` and `errors`.
+"""

@@ -1,0 +1,74 @@
+"""DistributedDataParallel with the options that an exact resume needs."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from peft_pretraining.parallel.fsdp import install_gradient_check, is_fsdp
+from peft_pretraining.parallel.process_group import DistributedContext
+
+
+def data_parallel(
+    model: nn.Module,
+    check_gradients: Callable[[Tensor], None],
+    ranks: DistributedContext,
+    first_pass: Callable[[nn.Module], Tensor],
+) -> nn.Module:
+    """Wrap a model for data-parallel training, in which gradients are summed over the ranks.
+
+    Args:
+        model: The model on the device of this rank. A sharded model is returned as it is, with
+            `check_gradients` installed.
+        check_gradients: Called for each part of this rank's own gradients, before they are summed,
+            with a scalar that is not finite if one of the gradients is not finite. It is not called
+            if there is only one rank.
+        ranks: All processes of the run.
+        first_pass: Calls the wrapped model on any input, the same on all ranks, and returns a
+            scalar for the backward pass. It must not change the model.
+
+    Returns:
+        The model to call in training.
+    """
+    if ranks.world_size == 1:
+        return model
+    if is_fsdp(model):
+        install_gradient_check(model, check_gradients)
+        return model
+    wrapper = nn.parallel.DistributedDataParallel
+    # torch 2.14 renamed the option and warns about the old name.
+    names = inspect.signature(wrapper).parameters
+    no_buffers = {
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
+    }
+    parallel = wrapper(
+        model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None, **no_buffers
+    )
+    parallel.register_comm_hook(None, _checked_sum(check_gradients))
+    # After its first pass, DistributedDataParallel packs the gradients into new buckets and may
+    # add them in another order from then on. A resumed run must add in the same order as the run
+    # that it continues, so every run makes that pass here.
+    first_pass(parallel).backward()
+    model.zero_grad()
+    return parallel
+
+
+def _checked_sum(
+    check_gradients: Callable[[Tensor], None],
+) -> Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]:
+    """Return a communication hook that checks a bucket of gradients and then sums it over ranks."""
+
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        gradients = bucket.buffer()
+        # One pass by BLAS. The result is not finite as soon as one gradient is not finite.
+        check_gradients(torch.dot(gradients, gradients))
+        return (
+            dist.all_reduce(gradients, async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
+        )
+
+    return hook

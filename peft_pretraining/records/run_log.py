@@ -1,0 +1,149 @@
+"""Everything that a run logs: progress bar, metrics.jsonl, modules.jsonl, run.json and W&B."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from tqdm import tqdm
+
+from peft_pretraining.parallel.process_group import DistributedContext
+from peft_pretraining.records.environment import environment_info
+from peft_pretraining.records.jsonl import METRICS, MODULES, RUN, append_json
+from peft_pretraining.records.wandb import start_wandb
+from peft_pretraining.utils.files import atomic_write
+
+# Names under which the published runs log the mean alpha of each projection.
+ALPHA_NAMES = {
+    "q_proj": "alpha_Q",
+    "k_proj": "alpha_K",
+    "v_proj": "alpha_V",
+    "o_proj": "alpha_O",
+    "gate_proj": "alpha_MLPgate",
+    "up_proj": "alpha_MLPup",
+    "down_proj": "alpha_MLPdown",
+}
+
+
+class RunLog:
+    """Writes the records of a run. Rank 0 writes; on other ranks every call does nothing.
+
+    If the disk is full, training goes on without records, and one warning is logged.
+
+    Args:
+        folder: The run folder, which `run_lock` has created.
+        ranks: All processes of the run.
+        description: What run.json holds beside versions, device and commit: name, arguments, model
+            config, number of parameters.
+        wandb_name: The name of the W&B run.
+        tags: The tags of the W&B run.
+        project: The W&B project. None: do not use W&B.
+        unit: What throughput counts: `tokens` or `images`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: DistributedContext,
+        description: dict[str, Any],
+        wandb_name: str,
+        tags: list[str],
+        project: str | None = "alphadecay",
+        unit: str = "tokens",
+    ):
+        self.folder, self.enabled, self.unit = folder, ranks.is_main, unit
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
+        self._warned = False
+        if not self.enabled:
+            return
+        self.description = description | environment_info(ranks)
+        self._write_or_warn(_write_json, folder / RUN, self.description)
+        if project:
+            self._wandb = start_wandb(folder, project, wandb_name, tags, self.description)
+
+    def start_bar(self, total: int, done: int) -> None:
+        """Show a progress bar of updates, if stderr is a terminal."""
+        if self.enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit="update", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Advance the progress bar by one update."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Log the metrics of an update or an evaluation to metrics.jsonl, W&B and the bar."""
+        if not self.enabled:
+            return
+        self._write_or_warn(append_json, self.folder / METRICS, [record])
+        if self._wandb is not None:
+            # The published runs log the last evaluation under these names as well.
+            last = ("eval_loss", "eval_tokens") if record.get("final") else ()
+            final = {f"final_{name}": record[name] for name in last if name in record}
+            self._wandb.log(record | final)
+        if self._bar is not None and "loss" in record:
+            throughput = record[f"throughput_{self.unit}"]
+            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {throughput:,.0f} {self.unit}/s")
+
+    def modules(self, records: list[dict[str, Any]]) -> None:
+        """Log new records of `AlphaDecay.history` to modules.jsonl and W&B.
+
+        W&B gets alpha and weight decay of each module, and the mean alpha of each projection.
+        """
+        if not (self.enabled and records):
+            return
+        self._write_or_warn(append_json, self.folder / MODULES, records)
+        if self._wandb is not None:
+            values = {
+                f"{field}/{record['module']}": record[field]
+                for record in records
+                for field in ("alpha", "weight_decay")
+                if record[field] is not None
+            }
+            self._wandb.log(values | mean_alphas(records) | {"update_step": records[0]["step"]})
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Add the summary of the run to run.json, and close the bar and W&B."""
+        if self.enabled:
+            self.description["summary"] = summary
+            self._write_or_warn(_write_json, self.folder / RUN, self.description)
+            self.close()
+
+    def close(self) -> None:
+        """Close the bar and W&B."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write_or_warn(self, write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
+        """Write records; on an error, log one warning for the whole run and go on."""
+        try:
+            write(path, content)
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    f"{path} cannot be written ({error.strerror}): records are lost until there "
+                    "is room, training goes on"
+                )
+            self._warned = True
+
+
+def mean_alphas(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean alpha of each projection of LLaMA, by its published name.
+
+    Modules without an alpha do not count, and projections without any are left out.
+    """
+    alphas: dict[str, list[float]] = {}
+    for record in records:
+        name = ALPHA_NAMES.get(record.get("type", ""))
+        if name is not None and record["alpha"] is not None:
+            alphas.setdefault(name, []).append(record["alpha"])
+    return {name: sum(values) / len(values) for name, values in alphas.items()}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(content, indent=2, default=str) + "\n")

@@ -1,0 +1,1 @@
+"""The training loop's parts: resume, one step, evaluation, throughput, signals."""

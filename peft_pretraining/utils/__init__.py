@@ -1,0 +1,1 @@
+"""Files, folders, locks and the cache folder. May import constants and errors."""

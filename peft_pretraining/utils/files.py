@@ -1,0 +1,220 @@
+"""Write files and folders that are complete or absent, lock folders, hash files, describe errors.
+
+A file or folder is written under a temporary name beside its target and renamed when it is
+complete. A reader therefore sees the old content or the new content, never a part, even if the
+process is killed or the machine loses power. When writing fails, the target is unchanged and the
+temporary file or folder is removed; only a killed process leaves one behind, under a name that
+ends in `TEMPORARY_SUFFIX`, and the next write to the same target replaces it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TEMPORARY_SUFFIX = ".tmp"
+REPLACED_SUFFIX = ".replaced"
+
+
+def atomic_write(
+    path: Path,
+    data: str | bytes | bytearray | memoryview | np.ndarray,
+    *,
+    durable: bool = True,
+    shared: bool = False,
+) -> None:
+    """Write a file that is complete as soon as it has its name.
+
+    Args:
+        path: The file to write; an existing file is replaced. Its folder must exist.
+        data: The content. A str is encoded as UTF-8 without translating line ends; of an array
+            the elements are written in C order, without shape or type.
+        durable: Flush the content and the new name to the disk before returning, so that they
+            survive a power failure. False is faster.
+        shared: Use a unique temporary name. Needed where several processes may write the same
+            file at the same time; the last one then wins.
+
+    Raises:
+        OSError: The file cannot be written. The target is unchanged.
+    """
+    content: bytes | bytearray | memoryview
+    if isinstance(data, str):
+        content = data.encode()
+    elif isinstance(data, bytes | bytearray | memoryview):
+        content = data
+    else:
+        content = data.tobytes() if not data.flags.c_contiguous else data.data
+    with atomic_open(path, durable=durable, shared=shared) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[BinaryIO]:
+    """Open a binary file for writing and give it its name when the block ends without an error.
+
+    Args, Raises: as for `atomic_write`.
+    """
+    temporary = _temporary_path(path, shared)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    path: Path, *, durable: bool = True, shared: bool = False, keep_existing: bool = False
+) -> Iterator[Path]:
+    """Yield an empty temporary folder to fill; it becomes `path` when the block ends without error.
+
+    Args:
+        path: The folder to make. Its parents are made if they do not exist.
+        durable: As for `atomic_write`.
+        shared: As for `atomic_write`.
+        keep_existing: If `path` exists by then, because another process was faster, leave it as
+            it is and discard the new folder. Otherwise the new folder replaces it.
+
+    Raises:
+        OSError: The folder cannot be written or renamed. `path` is unchanged.
+    """
+    temporary = _temporary_path(path, shared)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if keep_existing and path.is_dir():
+            shutil.rmtree(temporary)
+            return
+        try:
+            replace_directory(temporary, path, durable=durable)
+        except OSError:
+            if not (keep_existing and path.is_dir()):
+                raise
+            shutil.rmtree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_directory(new: Path, path: Path, *, durable: bool = True) -> None:
+    """Rename the complete folder `new` to `path`; a folder of that name is replaced.
+
+    A non-empty folder cannot be replaced by one rename. The old one is renamed to
+    `path` + `REPLACED_SUFFIX` first and deleted last, so that it can be restored after a kill
+    between the two renames.
+
+    Args:
+        new: A folder on the same file system, with all its content.
+        path: The name that it gets.
+        durable: Flush the content of `new` and the new names to the disk.
+
+    Raises:
+        OSError: A file cannot be flushed, or a folder cannot be renamed.
+    """
+    if durable:
+        for part in (*new.rglob("*"), new):
+            fsync_path(part)
+    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+        try:
+            new.rename(path)
+        except OSError:
+            replaced.rename(path)
+            raise
+    else:
+        new.rename(path)
+    if durable:
+        fsync_path(path.parent)
+        fsync_path(path.parent.parent)  # It has a new entry if path.parent was made just now.
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _temporary_path(path: Path, shared: bool) -> Path:
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    return path.with_name(f"{path.name}{unique}{TEMPORARY_SUFFIX}")
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive_lock(
+    path: Path, timeout: float | None = None, on_wait: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Hold an exclusive lock on a file while the block runs.
+
+    The operating system releases the lock when the process ends, even if it is killed.
+    The holder may write to the file, for example its process id.
+
+    Args:
+        path: The lock file; made if it does not exist, and left there.
+        timeout: Seconds to wait for another holder. None: wait until it is free.
+        on_wait: Called once if another process or thread holds the lock, before waiting for it.
+
+    Raises:
+        TimeoutError: The lock was not free within `timeout` seconds.
+        OSError: The lock file cannot be made.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if on_wait is not None:
+            on_wait()
+        lock.acquire(timeout=-1 if timeout is None else timeout)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file. Raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why an operation failed, on one line.
+
+    Libraries often raise a long error of their own because of an error of the operating system.
+    The latter's text ("No space left on device") is returned if there is one among the causes,
+    otherwise the text of `error`, or its class where it has no text.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
+        context = None if cause.__suppress_context__ else cause.__context__
+        cause = cause.__cause__ or context
+    return " ".join(str(error).split()) or type(error).__name__

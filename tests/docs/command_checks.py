@@ -1,0 +1,182 @@
+"""Check a documented command without running a training.
+
+A script's own parser reads the arguments. Launchers and table scripts run with --dry_run, and the
+commands that they print are checked in the same way.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+from peft_pretraining.errors import UserError
+from tests.docs.pages import ROOT
+
+MULTINODE, SLURM = "scripts/multinode.sh", "scripts/slurm.sbatch"
+GPUS_OF_A_NODE = 8  # where the command does not say
+SBATCH_OPTIONS = {"--nodes", "--gpus-per-node", "--time"}
+WITH_DRY_RUN = re.compile(r"scripts/(run|tables/\w+)\.sh")
+WITHOUT_ARGUMENTS = re.compile(r"scripts/(quickstart|quickstart_vit|docs)\.sh")
+_modules: dict[str, ModuleType] = {}
+
+
+class Parsed(Exception):
+    """Raised in place of the work that a script would do after it has parsed its arguments."""
+
+
+def check(command: str) -> None:
+    """Raise an error if this command would be refused. The command must be of a known kind."""
+    words = shlex.split(command)
+    while words[0] == "env" or re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        del words[0]
+    checker = CHECKERS.get(words[0])
+    assert checker, f"no check for {words[0]!r}: add one to tests/docs/command_checks.py"
+    checker(words[1:])
+
+
+def _pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    names = words[2:] if words[1] == "-r" else words[1:]
+    assert len(names) == 1 and (ROOT / names[0]).exists(), names
+
+
+def _source(words: list[str]) -> None:
+    """The environment is where scripts/environment.sh makes it."""
+    text = (ROOT / "scripts/environment.sh").read_text()
+    definition = next(line for line in text.splitlines() if line.startswith("venv="))
+    clean = {"HOME": os.environ["HOME"], "PATH": os.environ["PATH"]}
+    shown = subprocess.run(
+        ["bash", "-c", f'{definition}; echo "$venv/bin/activate"'],
+        env=clean, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout.strip() == os.path.expanduser(words[0]) and len(words) == 1
+
+
+def _bash(words: list[str]) -> None:
+    script, arguments = words[0], words[1:]
+    assert (ROOT / script).is_file(), script
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+    if WITH_DRY_RUN.fullmatch(script):
+        _check_printed([script, *(word for word in arguments if word != "--dry_run"), "--dry_run"])
+    elif script == MULTINODE:
+        own = arguments[: arguments.index("--")]
+        _check_printed([script, *own, "--dry_run", *arguments[arguments.index("--") :]])
+    elif script == SLURM:
+        assert arguments[0] == "--dry_run"
+        _slurm(script, arguments[1:])
+    elif script == "scripts/test.sh":
+        assert {word for word in arguments if word.startswith("-")} <= {"--fast", "-k"}
+        assert all((ROOT / word).exists() for word in arguments if "/" in word)
+    elif script.endswith("/study.sh"):
+        text = (ROOT / script).read_text()
+        usage = re.search(rf"bash {script} ([^\[\n]*?)(?:  |\[|$)", text, re.M)[1]
+        assert len(arguments) == len(usage.split()), usage
+    else:
+        assert WITHOUT_ARGUMENTS.fullmatch(script) and not arguments, script
+
+
+def _sbatch(words: list[str]) -> None:
+    script = words.index(SLURM)
+    assert set(words[:script:2]) <= SBATCH_OPTIONS
+    _slurm(SLURM, words[script + 1 :])
+
+
+def _slurm(script: str, arguments: list[str]) -> None:
+    """The batch script starts multinode.sh on each node, with the arguments of the training."""
+    (line,) = _output(["bash", script, "--dry_run", *arguments])
+    words = shlex.split(line)
+    assert words[0] == "srun"
+    _bash(words[words.index(MULTINODE) :])
+
+
+def _check_printed(words: list[str]) -> None:
+    lines = _output(["bash", *words])
+    assert lines
+    for line in lines:
+        check(line)
+
+
+def _output(words: list[str]) -> list[str]:
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def _torchrun(words: list[str]) -> None:
+    args = torchrun_parser().parse_args(words)
+    nodes = int(args.nnodes.split(":")[-1])
+    processes = int(args.nproc_per_node) if args.nproc_per_node.isdigit() else GPUS_OF_A_NODE
+    _script(args.training_script, args.training_script_args, nodes * processes)
+
+
+def _python(words: list[str]) -> None:
+    if words[0] == "-m":
+        _script(words[1], words[2:], 1)
+    else:
+        _script(words[0], words[1:], 1)
+
+
+def _script(name: str, arguments: list[str], world_size: int) -> None:
+    """Have the script's own parser and checks read the arguments."""
+    module = _module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        patch.setenv("WORLD_SIZE", str(world_size))
+        patch.setattr(os, "cpu_count", lambda: 64)
+        try:
+            _parse(module, patch)
+        except Parsed:
+            pass
+        except SystemExit as end:
+            assert end.code == 0 and "--help" in arguments, f"{name} {arguments}: refused"
+        except UserError as error:
+            raise AssertionError(f"{name} {' '.join(arguments)}: {error}") from None
+
+
+def _parse(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    if hasattr(module, "parse_arguments"):
+        module.parse_arguments()
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, *rest):
+        parse(parser, *rest)
+        raise Parsed
+
+    patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    module.main()
+    raise AssertionError(f"{module.__name__} parsed no arguments")
+
+
+def _module(name: str) -> ModuleType:
+    if name not in _modules:
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(
+                f"documented_{len(_modules)}", ROOT / name
+            )
+            _modules[name] = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = _modules[name]
+            spec.loader.exec_module(_modules[name])
+        else:
+            package = importlib.util.find_spec(name).submodule_search_locations is not None
+            _modules[name] = importlib.import_module(name + ".__main__" * package)
+    return _modules[name]
+
+
+CHECKERS: dict[str, Callable[[list[str]], None]] = {
+    "pip": _pip,
+    "source": _source,
+    "bash": _bash,
+    "sbatch": _sbatch,
+    "torchrun": _torchrun,
+    "python": _python,
+}

@@ -1,0 +1,45 @@
+"""A user error ends a script with one line and exit code 2."""
+
+import pytest
+
+from peft_pretraining.cli import main as module
+from peft_pretraining.cli.main import parse_or_exit, run_script
+from peft_pretraining.errors import UserError
+
+
+def fail():
+    raise UserError("no such file")
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert run_script(fail) == 2
+    assert capsys.readouterr().err == "error: no such file\n"
+    with pytest.raises(SystemExit) as end:
+        parse_or_exit(fail)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: no such file\n"
+
+
+def test_other_ranks_wait_and_tell_their_rank(capsys, monkeypatch):
+    """torchrun ends them as soon as rank 0 has failed, so the line is not printed twice."""
+    waited = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    for rank, line in (("0", "error: no such file\n"), ("3", "error on rank 3: no such file\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert run_script(fail) == 2
+        assert capsys.readouterr().err == line
+    assert waited == [module.SECONDS_FOR_RANK_0]
+
+
+def test_success(capsys):
+    received = []
+    assert run_script(lambda *arguments: received.append(arguments), 1, "a") == 0
+    assert received == [(1, "a")]
+    assert parse_or_exit(lambda: "parsed") == "parsed"
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 / 0)

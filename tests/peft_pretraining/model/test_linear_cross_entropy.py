@@ -1,0 +1,204 @@
+"""The implementations of the output layer's loss, compared with the plain one."""
+
+import pytest
+import torch
+import torch.nn as nn
+import transformers
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.model import linear_cross_entropy
+from peft_pretraining.model.linear_cross_entropy import (
+    LOSSES,
+    fastest_loss,
+    plain_loss,
+    resolve_loss,
+)
+from peft_pretraining.model.modeling_llama import build_model, target_positions
+from peft_pretraining.parallel.process_group import DistributedContext
+
+FAST = [
+    name
+    for name in LOSSES
+    if name not in ("plain", "liger")
+    and (name != "torch" or hasattr(torch.nn, "LinearCrossEntropyOptions"))
+]
+ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def many_chunks(monkeypatch):
+    """Chunks of 7 tokens and slices of 3, for 101 words."""
+    monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 7 * 4 * 101)
+    monkeypatch.setattr(linear_cross_entropy, "SLICE_BYTES", 3 * 4 * 101)
+
+
+def inputs(n=24, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (scale * torch.randn(size, 16, generator=generator) for size in (n, 101))
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    return hidden, weight, torch.randint(101, (n,), generator=generator)
+
+
+def results(loss, hidden, weight, targets, factor=0.25):
+    value = loss(hidden, weight, targets)
+    return value, *torch.autograd.grad(value * factor, (hidden, weight))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("n", [1, 7, 24])
+@pytest.mark.parametrize(
+    "scale", [1e-3, 1.0, 8.0]
+)  # 8: logits in the hundreds, exponentials that would overflow
+def test_value_and_gradients_beside_the_plain_loss(name, n, scale):
+    ours, theirs = (results(loss, *inputs(n, scale)) for loss in (LOSSES[name](), plain_loss))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        noise = 2e-6 * max(
+            1.0, scale**2 / 4
+        )  # the products' own rounding, which is absolute in the logits
+        torch.testing.assert_close(a, b, rtol=noise, atol=noise * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_no_target_at_all(name):
+    value, of_hidden, of_weight = results(LOSSES[name](), *inputs(0))
+    assert (
+        value == 0
+        and of_hidden.shape == (0, 16)
+        and of_weight.shape == (101, 16)
+        and not of_weight.any()
+    )
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16(autocast):
+    """The error beside float32 is not larger than that of the plain loss.
+
+    The parameters are bfloat16, or float32 under autocast.
+    """
+    with torch.autocast("cpu", enabled=False):
+        exact = results(plain_loss, *inputs())
+    given = inputs(dtype=torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, theirs = (results(loss, *given) for loss in (LOSSES["chunked"](), plain_loss))
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-6 * c.norm()
+
+
+def test_nothing_is_kept_without_gradients():
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        value = LOSSES["chunked"]()(hidden, weight, targets)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, plain_loss(hidden, weight, targets).detach())
+
+
+def test_it_goes_backward_once():
+    value = LOSSES["chunked"]()(*inputs())
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="--loss plain"):
+        value.backward()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_a_model_add_up(tied):
+    """Two micro-batches, one with padding and a sequence without a target.
+
+    The output layer may be tied to the embedding.
+    """
+    config = {
+        "vocab_size": 101,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    model = build_model(
+        transformers.LlamaConfig(**config, pad_token_id=None, tie_word_embeddings=tied)
+    )
+    ids = torch.randint(101, (2, 3, 9))
+    labels = ids.clone()
+    labels[0, 1, 4:] = labels[1, 2] = -100
+    gradients = []
+    for name in ("chunked", "plain"):
+        model.set_loss(name)
+        for micro_batch in zip(ids, labels, strict=True):
+            (model(*micro_batch) / 7).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_target_positions():
+    labels = torch.tensor([[5, 6, -100, 7], [5, -100, -100, -100]])
+    assert target_positions(labels).tolist() == [0, 2]
+
+
+# --------------------------------------------------------------------------------------- the choice
+
+
+def test_the_fastest_is_measured(monkeypatch):
+    def slow(*given):
+        for _ in range(200):
+            plain_loss(*given)
+        return plain_loss(*given)
+
+    def without_memory(*given):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(
+        linear_cross_entropy,
+        "LOSSES",
+        {"slow": lambda: slow, "quick": lambda: plain_loss, "none": lambda: without_memory},
+    )
+    state = torch.get_rng_state()
+    assert (
+        fastest_loss(
+            ["none", "slow", "quick"],
+            20,
+            (101, 16),
+            torch.float32,
+            torch.autocast("cpu", enabled=False),
+            ALONE.device,
+        )
+        == "quick"
+    )
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def resolved(name, loss_of_checkpoint=None):
+    return resolve_loss(
+        name,
+        20,
+        (101, 16),
+        torch.float32,
+        torch.autocast("cpu", enabled=False),
+        ALONE,
+        loss_of_checkpoint,
+    )
+
+
+def test_what_the_flag_means():
+    assert resolved("auto") == "chunked"
+    assert resolved("auto", loss_of_checkpoint="torch") == "torch"  # of the run that is continued
+    assert resolved("plain", loss_of_checkpoint="torch") == "plain"
+    with pytest.raises(
+        UserError, match="--loss liger: Liger's kernel needs a CUDA device; or leave --loss out"
+    ):
+        resolved("liger")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [*FAST, "liger"])
+def test_on_a_gpu(name):
+    if linear_cross_entropy._unavailable_reason(name, torch.device("cuda")):
+        pytest.skip("not installed")
+    given = [
+        nn.Parameter(x.detach().cuda()) if x.is_floating_point() else x.cuda() for x in inputs()
+    ]
+    for a, b in zip(results(LOSSES[name](), *given), results(plain_loss, *given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,112 @@
+"""RunLog: what is recorded where, and a full disk."""
+
+import json
+import platform
+import resource
+
+import pytest
+import torch
+from loguru import logger
+
+from peft_pretraining.parallel.process_group import DistributedContext
+from peft_pretraining.records import run_log
+from peft_pretraining.records.run_log import RunLog
+
+SINGLE_PROCESS = DistributedContext(0, 0, 1, torch.device("cpu"))
+
+
+class FakeWandb:
+    def __init__(self):
+        self.records = []
+        self.finished = False
+
+    def log(self, record):
+        self.records.append(record)
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setattr(run_log, "start_wandb", lambda *arguments: fake)
+    return fake
+
+
+def test_a_full_disk_costs_records_and_one_warning(tmp_path, fake_wandb):
+    """No line is incomplete, so lines that are written when there is room again are valid."""
+    warnings = []
+    sink = logger.add(lambda message: warnings.append(message.record["message"]), level="WARNING")
+    log = RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [])
+    log.metrics({"update_step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Bytes that a file may have: half of the second line fits.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+    try:
+        log.metrics({"update_step": 2})
+        log.modules([{"step": 2, "module": "a" * 30, "alpha": None, "weight_decay": None}])
+        log.finish({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        logger.remove(sink)
+    log.metrics({"update_step": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"update_step": 1}\n{"update_step": 3}\n'
+    assert json.loads((tmp_path / "run.json").read_text())["name"] == "a"
+    assert len(warnings) == 1 and "metrics.jsonl cannot be written (File too large)" in warnings[0]
+
+
+def test_run_json(tmp_path, fake_wandb):
+    """It is written at the start, and again with the summary at the end."""
+    log = RunLog(tmp_path, SINGLE_PROCESS, {"name": "a", "arguments": {"lr": 0.1}}, "a", [])
+    start = json.loads((tmp_path / "run.json").read_text())
+    assert start["arguments"] == {"lr": 0.1} and start["processes"] == 1
+    assert start["versions"]["python"] == platform.python_version()
+    log.finish({"train_seconds": 2.5})
+    assert json.loads((tmp_path / "run.json").read_text()) == start | {
+        "summary": {"train_seconds": 2.5}
+    }
+    assert fake_wandb.finished
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json"]
+
+
+def test_other_ranks_write_nothing(tmp_path, fake_wandb):
+    log = RunLog(tmp_path, DistributedContext(1, 1, 2, torch.device("cpu")), {}, "a", [])
+    log.start_bar(10, 0)
+    log.advance()
+    log.metrics({"update_step": 1, "loss": 1.0})
+    log.modules([{"step": 2, "module": "a", "alpha": None, "weight_decay": None}])
+    log.finish({})
+    assert list(tmp_path.iterdir()) == [] and fake_wandb.records == []
+
+
+def test_wandb_gets_the_published_names(tmp_path, fake_wandb):
+    """W&B gets the mean alpha of each projection and the last evaluation under the names of the
+    published runs. Without a project it gets nothing."""
+    types = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    records = [
+        {
+            "step": 5,
+            "module": f"{block}.{kind}",
+            "type": kind,
+            "alpha": 2.0 + block,
+            "weight_decay": 0.1,
+        }
+        for block in (0, 1)
+        for kind in types
+    ]
+    records[0]["alpha"] = None  # undefined, so it does not count in the mean
+    for project in ("alphadecay", None):
+        log = RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [], project)
+        log.modules(records)
+        log.metrics({"update_step": 5, "eval_loss": 3.0, "eval_tokens": 7, "final": False})
+        log.metrics({"update_step": 6, "eval_loss": 2.0, "eval_tokens": 7, "final": True})
+    modules, during, last = fake_wandb.records
+    assert {name: value for name, value in modules.items() if "/" not in name} == {
+        "update_step": 5,
+        "alpha_Q": 3.0,
+    } | {f"alpha_{name}": 2.5 for name in ("K", "V", "O", "MLPgate", "MLPup", "MLPdown")}
+    assert modules["alpha/1.q_proj"] == 3.0 and modules["weight_decay/0.q_proj"] == 0.1
+    assert "alpha/0.q_proj" not in modules
+    assert "final_eval_loss" not in during
+    assert (last["final_eval_loss"], last["final_eval_tokens"]) == (2.0, 7)

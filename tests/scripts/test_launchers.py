@@ -1,0 +1,305 @@
+"""scripts/multinode.sh and scripts/slurm.sbatch: what they start, that a died run goes on over nodes, what goes back into the queue."""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from peft_pretraining.parallel import rendezvous
+from tests.end_to_end.common import (
+    FAULTY,
+    ROOT,
+    exact,
+    read_lines,
+    surroundings,
+    traced,
+    write_config,
+    write_text,
+)
+from tests.support import fork_server
+
+MULTINODE, SLURM = "scripts/multinode.sh", "scripts/slurm.sbatch"
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # torchrun beside this python
+
+
+def bash(*words, **environment):
+    return subprocess.run(
+        ["bash", *map(str, words)],
+        cwd=ROOT,
+        env=clean(environment),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def clean(changes):
+    """The environment of a user who has set nothing that the launchers read."""
+    ours = ("NODES", "RDZV_HOST", "GPUS_PER_NODE", "SHUTDOWN_SECONDS")
+    kept = {k: v for k, v in surroundings().items() if k not in ours and not k.startswith("SLURM_")}
+    return kept | {"PATH": PATH} | changes
+
+
+def test_multinode_prints_its_command():
+    done = bash(
+        MULTINODE,
+        "--nodes",
+        4,
+        "--gpus",
+        8,
+        "--dry_run",
+        "--",
+        "--name",
+        "two words",
+        RDZV_HOST="node1",
+    )
+    words = shlex.split(done.stdout)
+    torchrun = words[words.index("torchrun") + 1 :]
+    assert torchrun[:4] == [
+        "--nnodes=4",
+        "--nproc_per_node=8",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=node1:29400",
+    ]
+    assert torchrun[5:] == [
+        "--max_restarts=3",
+        "torchrun_main.py",
+        "--name",
+        "two words",
+        "--continue_from",
+        "auto",
+    ]
+    assert any(word.startswith("PET_SIGNALS_TO_HANDLE=") and "SIGUSR1" in word for word in words)
+
+
+def test_multinode_leaves_continue_from_alone():
+    for given in (["--continue_from", "runs/a"], ["--continue_from=runs/a"]):
+        done = bash(MULTINODE, "--nodes", 1, "--rdzv_host", "a", "--dry_run", "--", *given)
+        assert done.stdout.split()[-len(given) :] == given and "auto" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        ([MULTINODE, "--rdzv_host", "a", "--", "x"], "--nodes"),
+        ([MULTINODE, "--nodes", "two", "--rdzv_host", "a", "--", "x"], "--nodes"),
+        ([MULTINODE, "--nodes", "2", "--", "x"], "--rdzv_host"),
+        ([MULTINODE, "--nodes", "2", "--rdzv_host", "a"], "after --"),
+        ([MULTINODE, "--nodes", "2", "--rdzv_host", "a", "--lr", "1", "--", "x"], "--lr"),
+        ([MULTINODE, "--nodes", "--", "x"], "--nodes needs a value"),
+        (
+            [MULTINODE, "--nodes", "2", "--rdzv_host", "a", "--script", "missing.py", "--", "x"],
+            "missing.py",
+        ),
+        ([SLURM], "torchrun_main.py"),
+        ([SLURM, "--name", "x"], "sbatch"),
+    ],
+)
+def test_what_is_missing_is_refused_in_a_sentence(words, names):
+    done = bash(*words)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and names in done.stderr
+    )
+
+
+def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
+    """Whoever comes first, no rank takes a question or an answer of an earlier life, or what was written in it, for one of its own."""
+    monkeypatch.setattr(rendezvous, "INIT_TIMEOUT", timedelta(seconds=20))
+    store = dist.HashStore()
+    with ThreadPoolExecutor() as threads:
+        for life, order in enumerate([(0, 2, 1), (0, 2, 1), (1, 2, 0)]):
+            first = threads.submit(rendezvous.new_store_namespace, store, order[0], 3)
+            time.sleep(0.05)  # rank 0 has answered the dead
+            others = [
+                threads.submit(rendezvous.new_store_namespace, store, rank, 3)
+                for rank in order[1:]
+            ]
+            parts = [part.result() for part in (first, *others)]
+            assert not any(part.check(["address"]) for part in parts)
+            parts[0].set("address", str(life))
+            assert [part.get("address") for part in parts] == [str(life).encode()] * 3
+
+
+def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
+    """Two torchruns of one process each; the second is killed in update 7, and both go on from the checkpoint of update 5."""
+    write_config(tmp_path)
+    write_text(tmp_path, documents=150)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run_folder = tmp_path / "run"
+    sizes = {
+        "num_training_steps": 8,
+        "warmup_steps": 1,
+        "save_every": 5,
+        "eval_every": 8,
+        "batch_size": 2,
+        "total_batch_size": 4,
+    }
+    faults = {
+        "FAULT": "kill@7@1",
+        "FAULT_ONCE": str(tmp_path / "once"),
+        "ALPHADECAY_CACHE": str(tmp_path / "cache"),
+    }
+    words = [
+        MULTINODE,
+        "--nodes",
+        "2",
+        "--rdzv_host",
+        "localhost",
+        "--port",
+        port,
+        "--gpus",
+        "1",
+        "--max_restarts",
+        "1",
+    ]
+    words += ["--script", FAULTY, "--", *exact(tmp_path, "run", **sizes)]
+    environment = clean(traced(run_folder, **faults))
+    nodes = [
+        subprocess.Popen(
+            ["bash", *map(str, words)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [node.communicate(timeout=240)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            for pid in (
+                (*fork_server.descendants(node.pid), node.pid) if node.poll() is None else ()
+            ):
+                fork_server.kill(pid)
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert (tmp_path / "once").exists() and any(
+        f"continue from {run_folder}/checkpoints/model_5" in text for text in said
+    )
+    assert [
+        r["update_step"] for r in read_lines(run_folder / "metrics.jsonl") if "loss" in r
+    ] == list(range(1, 9))
+    assert [sum(1 for _ in open(f"{run_folder}.trace.rank{rank}")) for rank in (0, 1)] == [
+        9,
+        9,
+    ]  # 1 to 6, then 6 to 8
+
+
+# ------------------------------------------------------------------------------------------------------------------ Slurm
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Stand-ins for Slurm's commands that note their arguments; srun becomes what $STEP says. Returns a function that starts a job."""
+    for name, does in {
+        "srun": 'eval "$STEP"',
+        "scancel": 'kill -TERM "$(cat "$NOTES/step")"',
+        "scontrol": '[ "$1" != show ] || printf "node7\\nnode8\\n"',
+    }.items():
+        stub = tmp_path / name
+        stub.write_text(f'#!/usr/bin/env bash\necho {name} "$@" >> "$NOTES/calls"\n{does}\n')
+        stub.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "4321",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+
+    def start(step):
+        environment = clean(
+            job
+            | {
+                "PATH": f"{tmp_path}:{PATH}",
+                "NOTES": str(tmp_path),
+                "STEP": step,
+                "SLURM_SUBMIT_DIR": str(ROOT),
+            }
+        )
+        spooled = tmp_path / "slurm_script"  # as slurmd does
+        spooled.write_text((ROOT / SLURM).read_text())
+        return subprocess.Popen(
+            ["bash", str(spooled), "--name", "x"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+# A run that saves when it is told to stop; torchrun then ends with an error.
+SAVES = 'trap "echo saved >> $NOTES/calls; exit 1" TERM; echo $$ > $NOTES/step; while :; do sleep 0.02; done'
+
+
+def calls(folder):
+    return (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_run_that_ends_by_itself_is_not_requeued(slurm, tmp_path, code):
+    job = slurm(f"exit {code}")
+    assert job.wait(timeout=60) == code
+    assert [call.split()[:2] for call in calls(tmp_path)] == [
+        ["scontrol", "show"],
+        ["srun", "--ntasks=2"],
+    ]
+    launched = calls(tmp_path)[1]
+    assert (
+        "scripts/multinode.sh --nodes 2 --rdzv_host node7 --port 24321 --gpus 8 --id 4321.0 -- --name x"
+        in launched
+    )
+
+
+def test_a_preempted_run_saves_and_is_requeued(slurm, tmp_path):
+    job = slurm(SAVES)
+    wait_for(tmp_path / "step")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == 0
+    assert calls(tmp_path)[2:] == ["scancel --signal=TERM 4321", "saved", "scontrol requeue 4321"]
+
+
+def test_a_cancelled_run_saves_and_stays_away(slurm, tmp_path):
+    """scancel sends SIGTERM to the steps, and on some clusters to the job's shell."""
+    job = slurm(SAVES)
+    wait_for(tmp_path / "step")
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    assert job.poll() is None  # it waits for the checkpoint
+    os.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)
+    assert job.wait(timeout=60) == 1
+    assert calls(tmp_path)[2:] == ["saved"]
+
+
+def test_slurm_asks_for_the_signal_that_it_waits_for():
+    """Slurm reads the options of the comments at the top, up to the first command."""
+    text = (ROOT / SLURM).read_text()
+    options = [
+        line.split()[1]
+        for line in text.split("\nset -")[0].splitlines()
+        if line.startswith("#SBATCH")
+    ]
+    assert {"--requeue", "--ntasks-per-node=1", "--signal=B:USR1@300"} <= set(
+        options
+    ) and "' USR1\n" in text
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
