@@ -239,15 +239,18 @@ def table(finals: dict[str, dict], measured: dict) -> list[str]:
     limit = measured["limit"]
     lines += [
         "",
-        "Two runs of one method with different seeds differ by less than "
-        f"{limit:.4f} in loss (95 % of pairs).",
-        "A smaller difference between two single runs says nothing about their methods. Here:",
+        "From seed to seed the difference in loss between two methods varies by up to "
+        f"{limit:.4f} around its mean",
+        "(95 %). A smaller difference between two single runs says nothing about their methods:",
     ]
     for one, other in COMPARISONS:
         difference = finals[one]["eval_loss"] - finals[other]["eval_loss"]
         verdict = "more than" if abs(difference) > limit else "within"
         names = f"{METHODS[one]} minus {METHODS[other]}"
-        lines.append(f"  {names}: {difference:+.4f}, {verdict} the spread between seeds")
+        seeds = "{mean:+.4f} ± {sd:.4f}".format(
+            **measured["paired_differences"][f"{one} - {other}"]
+        )
+        lines.append(f"  {names}: {difference:+.4f}, {verdict} the spread (all seeds: {seeds})")
     return lines
 
 
@@ -257,9 +260,10 @@ def table(finals: dict[str, dict], measured: dict) -> list[str]:
 def measure(folders: list[Path]) -> dict:
     """Return the results of quickstarts that differ in the seed, and the spread between them.
 
-    `limit` is the 95 % bound of the difference between two runs of one method with different
-    seeds: Student's t times the square root of 2 times the standard deviation between seeds,
-    pooled over the methods. `seconds` are those of the first folder.
+    The three runs of a seed start from the same weights and see the data in the same order, so
+    differences are taken seed by seed. `limit` bounds how far one such difference lies from its
+    mean, in 95 % of seeds: Student's t times the standard deviation, pooled over `COMPARISONS`.
+    `seconds` are those of the first folder.
 
     Args:
         folders: Folders of finished quickstarts.
@@ -282,20 +286,20 @@ def measure(folders: list[Path]) -> dict:
         methods[method] = {
             key: spread([run[key] for run in mine]) for key in ("eval_loss", score_of(mine[0]))
         }
-    variance = statistics.fmean(methods[method]["eval_loss"]["sd"] ** 2 for method in METHODS)
-    freedom = len(METHODS) * (len(folders) - 1)
     losses = {(run["method"], run["seed"]): run["eval_loss"] for run in runs}
     seeds = sorted({run["seed"] for run in runs})
+    differences = {
+        f"{one} - {other}": spread([losses[one, seed] - losses[other, seed] for seed in seeds])
+        for one, other in COMPARISONS
+    }
+    variance = statistics.fmean(difference["sd"] ** 2 for difference in differences.values())
+    freedom = len(COMPARISONS) * (len(seeds) - 1)
     return {
         "seeds": seeds,
-        "limit": float(t.ppf(0.975, freedom)) * (2 * variance) ** 0.5,
+        "limit": float(t.ppf(0.975, freedom)) * variance**0.5,
         "seconds": {name: step["seconds"] for name, step in read_json(folders[0] / STATE).items()},
         "methods": methods,
-        # Runs of one seed start from the same weights and see the data in the same order.
-        "paired_differences": {
-            f"{one} - {other}": spread([losses[one, seed] - losses[other, seed] for seed in seeds])
-            for one, other in COMPARISONS
-        },
+        "paired_differences": differences,
         "runs": runs,
         "commands": {name: step["command"] for name, step in read_json(folders[0] / STATE).items()},
         "machine": {

@@ -11,10 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 
-model="${1:?give llama or vit}" folder="${2:-runs/quickstart_seeds_$1}" seeds=(5 6 7 8)
+model="${1:?give llama or vit}" folder="${2:-runs/quickstart_seeds_$1}"
 case "$model" in
-    llama) script=scripts/quickstart.sh ;;
-    vit) script=scripts/quickstart_vit.sh ;;
+    llama) script=scripts/quickstart.sh seeds=(5 6 7 8 9) ;;
+    vit) script=scripts/quickstart_vit.sh seeds=(5 6 7 8) ;;
     *) echo "error: $model is neither llama nor vit" >&2; exit 2 ;;
 esac
 export ALPHADECAY_VENV="$venv" ALPHADECAY_CACHE="$folder/cache"

@@ -148,15 +148,19 @@ def test_the_spread_between_seeds_and_what_it_says_about_two_runs(tmp_path):
     measured = quickstart.measure(folders)
     assert measured["seeds"] == [5, 6, 7] and measured["seconds"]["uniform"] == 60.0
     assert measured["methods"]["wd0"]["eval_loss"] == pytest.approx({"mean": 3.42, "sd": 0.02})
-    # Pooled variance 0.0008 / 3 with 6 degrees of freedom, for which Student's t is 2.4469.
-    assert measured["limit"] == pytest.approx(2.4469 * (2 * 0.0008 / 3) ** 0.5, rel=1e-4)
+    # Both differences vary by 0.02, with 4 degrees of freedom in all: Student's t is 2.7764.
+    assert measured["limit"] == pytest.approx(2.7764 * 0.02, rel=1e-4)
     paired = measured["paired_differences"]["uniform - wd0"]
     assert paired == pytest.approx({"mean": -0.12, "sd": 0.02})
     finals = {method: quickstart.final_evaluation(folders[0] / method) for method in losses}
     text = "\n".join(quickstart.table(finals, measured))
     assert re.search(r"no decay +3\.4000 +2\.00 +3\.4200 ± 0\.0200 +2\.00 ± 0\.00", text)
-    assert "uniform decay minus no decay: -0.1000, more than the spread between seeds" in text
-    assert "AlphaDecay minus uniform decay: -0.0200, within the spread between seeds" in text
+    assert (
+        "uniform decay minus no decay: -0.1000, more than the spread (all seeds: -0.1200 ±" in text
+    )
+    assert (
+        "AlphaDecay minus uniform decay: -0.0200, within the spread (all seeds: +0.0000 ±" in text
+    )
 
 
 def test_results_of_an_unfinished_run_are_refused(tmp_path):
