@@ -215,7 +215,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def variations(settings: dict[str, Any]) -> set[str]:
     """Return the names of the settings that differ from the published ones of the run's method."""
-    from alphadecay.cli.presets import METHODS as METHOD_PRESETS
+    from alphadecay.cli.presets import METHOD_PRESETS
 
     preset = METHOD_PRESETS.get(str(settings["method"]).split("+")[0], {})
     return {
