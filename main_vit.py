@@ -230,7 +230,11 @@ def main(args: argparse.Namespace) -> None:
         # Data. Rank 0 downloads what is missing before the other ranks look for it. The lengths of
         # the schedules follow from the number of images.
         data = load_images(
-            args.data_set, args.data_path, args.eval_data_path, args.nb_classes, ranks.rank_zero_first
+            args.data_set,
+            args.data_path,
+            args.eval_data_path,
+            args.nb_classes,
+            ranks.rank_zero_first,
         )
         logger.info(f"data: {data.description}")
         schedule = Schedule.of(args, len(data.train))

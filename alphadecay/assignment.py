@@ -1,11 +1,21 @@
 """From scores to weight decays: the published maps, and one that uses ranks."""
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from alphadecay.constants import MAPS
+
+
+class MapSettings(TypedDict):
+    """Keyword arguments of `assign_decays`, for classes that keep them."""
+
+    mapping: str
+    min_ratio: float
+    max_ratio: float
+    positive: bool
 
 
 def assign_decays(

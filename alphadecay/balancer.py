@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alphadecay.assignment import assign_decays
+from alphadecay.assignment import MapSettings, assign_decays
 from alphadecay.async_analysis import AsyncAnalysis
 from alphadecay.constants import FIT_METHODS, MAPS, METRICS
 from alphadecay.controls import (
@@ -154,7 +154,7 @@ class AlphaDecay:
         self.metric = metric
         self.updates = 0
         self.history: list[dict[str, Any]] = []
-        self._map = {
+        self._map: MapSettings = {
             "mapping": mapping,
             "min_ratio": min_ratio,
             "max_ratio": max_ratio,
@@ -451,7 +451,7 @@ class AlphaDecay:
                 scores[valid_indices],
                 self.weight_decay,
                 blocks=[self.modules[i].block for i in valid_indices],
-                **self._map,  # type: ignore[arg-type]
+                **self._map,
             )
         return dict(zip(valid_indices, decays.tolist(), strict=True))
 
@@ -498,9 +498,7 @@ class AlphaDecay:
         multipliers = self._controls.type_multipliers
         if multipliers is None:
             multipliers = shape_multipliers(
-                self.modules,
-                self._map["min_ratio"],
-                self._map["max_ratio"],  # type: ignore[arg-type]
+                self.modules, self._map["min_ratio"], self._map["max_ratio"]
             )
         return constant_ratios(self.modules, multipliers)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -259,11 +259,12 @@ def whole_weight(weight: Tensor, owner: int, group: dist.ProcessGroup | None) ->
         and mesh.mesh.flatten().tolist() == group_ranks
     ):
         return _gather_rows_of(weight, group_ranks[owner], mesh.get_group(mesh.ndim - 1))
-    full = weight.detach().full_tensor()
+    values = cast("DTensor", weight.detach())
+    full: Tensor = values.full_tensor()
     if rank != owner:
         return None
     # A replicated weight comes back in the parameter's own memory, which training changes.
-    return full.clone() if full.data_ptr() == weight.to_local().data_ptr() else full
+    return full.clone() if full.data_ptr() == values.to_local().data_ptr() else full
 
 
 def _gather_rows_of(weight: DTensor, owner: int, group: dist.ProcessGroup) -> Tensor | None:
@@ -280,7 +281,7 @@ def _gather_rows_of(weight: DTensor, owner: int, group: dist.ProcessGroup) -> Te
     ranks = dist.get_process_group_ranks(group)
     if owner not in ranks:
         return None
-    part, rows = weight.detach().to_local(), weight.shape[0]
+    part, rows = cast("DTensor", weight.detach()).to_local(), weight.shape[0]
     max_rows = -(-rows // len(ranks))  # the last ranks may hold fewer rows than the first ones
     padded = part.new_zeros(max_rows, *weight.shape[1:])
     padded[: len(part)] = part

@@ -224,7 +224,7 @@ def spectrum(
         if matrix.dtype == torch.float64 != dtype:
             continue  # float32 products would throw the matrix's digits away
         try:
-            values = torch.linalg.eigvalsh(gram(matrix, scale, dtype)).double()
+            values: Tensor = torch.linalg.eigvalsh(gram(matrix, scale, dtype)).double()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if torch.isfinite(values).all() and is_precise_enough(values, ignored_fraction, dtype):

@@ -121,8 +121,7 @@ def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
             first = threads.submit(rendezvous.new_store_namespace, store, order[0], 3)
             time.sleep(0.05)  # rank 0 has answered the dead
             others = [
-                threads.submit(rendezvous.new_store_namespace, store, rank, 3)
-                for rank in order[1:]
+                threads.submit(rendezvous.new_store_namespace, store, rank, 3) for rank in order[1:]
             ]
             parts = [part.result() for part in (first, *others)]
             assert not any(part.check(["address"]) for part in parts)
