@@ -219,7 +219,7 @@ def test_an_image_that_cannot_be_read(inputs, tmp_path):
     assert (tmp_path / "run/checkpoints/model_20/manifest.json").is_file()
     words = vit(tmp_path, "again", "--skip_bad_images", "true", epochs=1, warmup_epochs=0)
     done = run(words, script="main_vit.py", environment={"WANDB_MODE": "disabled"})
-    assert "left out:" in done.stderr and str(bad) in done.stderr
+    assert "skipped:" in done.stderr and str(bad) in done.stderr
     assert read_lines(tmp_path / "again/metrics.jsonl")[-1]["eval_images"] == 43
 
 
