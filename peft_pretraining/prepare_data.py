@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     from peft_pretraining.cli.llama import token_count
 
     parser = Parser(
-        prog="prepare_data",
+        prog="python -m peft_pretraining.prepare_data",
         description="Tokenize a source once, for training with --dataset FOLDER.",
         allow_abbrev=False,
     )
