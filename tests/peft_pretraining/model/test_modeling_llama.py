@@ -163,6 +163,7 @@ def test_attention_within_documents():
 # ---------------------------------------------------------------------------------- compiled blocks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("end", [None, 1])
 def test_compiled_blocks(end):
