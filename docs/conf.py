@@ -27,6 +27,7 @@ html_show_sphinx = False
 html_show_copyright = False
 
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # attributes have one entry, although autodoc finds them a second time
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 default_role = "code"  # `name` in a docstring is code

@@ -20,7 +20,7 @@ from peft_pretraining.cli.main import parse_or_exit, run_script
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line. Raises UserError for a mistake in it."""
     parser = Parser(
-        prog="evaluate_checkpoint",
+        prog="python -m peft_pretraining.evaluate_checkpoint",
         description="Evaluate finished runs on other text.",
         allow_abbrev=False,
     )

@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     from peft_pretraining.cli.llama import token_count
 
     parser = Parser(
-        prog="prepare_data",
+        prog="python -m peft_pretraining.prepare_data",
         description="Tokenize a source once, for training with --dataset FOLDER.",
         allow_abbrev=False,
     )
@@ -115,7 +115,7 @@ def main() -> None:
 
     vocab_size = args.vocab_size
     if vocab_size is None:
-        from peft_pretraining.model.modeling_llama import load_config
+        from peft_pretraining.model.config import load_config
 
         vocab_size = load_config(args.model_config).vocab_size
     source, split, tokenizer = open_documents(

@@ -15,5 +15,4 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
-mypy --strict --package alphadecay
 python -m pytest "$@"

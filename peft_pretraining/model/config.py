@@ -26,10 +26,10 @@ GENERAL_KEYS = {
     "label2id": {"LABEL_0": 0, "LABEL_1": 1},
     "problem_type": None,
 }
-LAST_KEYS = {"output_attentions": False}
-# Keys whose values in a file are not kept: `to_dict` writes the first two anew, and
-# `rope_parameters` takes the values of the last two.
-REPLACED_KEYS = ("transformers_version", "_name_or_path", "rope_theta", "rope_scaling")
+LAST_KEYS = {"_name_or_path": "", "output_attentions": False}
+# Keys whose values in a file are not kept: `to_dict` writes the first anew, and `rope_parameters`
+# takes the values of the other two.
+REPLACED_KEYS = ("transformers_version", "rope_theta", "rope_scaling")
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -108,7 +108,7 @@ class LlamaConfig:
         # a dictionary.
         rope = settings.get("rope_parameters") or values.get("rope_scaling") or {}
         if values.get("rope_theta") is not None:
-            rope = {"rope_theta": values["rope_theta"]} | rope
+            rope = rope | {"rope_theta": rope.get("rope_theta", values["rope_theta"])}
         general = {k: v for k, v in values.items() if k in GENERAL_KEYS or k in LAST_KEYS}
         known = own | set(REPLACED_KEYS) | general.keys()
         extra = {name: value for name, value in values.items() if name not in known}
@@ -116,7 +116,7 @@ class LlamaConfig:
         return cls(**settings | {"rope_parameters": rope}, general=general, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys and values, in their order, that transformers' LlamaConfig returns."""
+        """Return the keys and values that transformers' LlamaConfig returns."""
         own = {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -133,7 +133,6 @@ class LlamaConfig:
             "transformers_version": version,
             **{name: given.get(name, value) for name, value in GENERAL_KEYS.items()},
             **own,
-            "_name_or_path": "",
             **self.extra,
             **{name: given.get(name, value) for name, value in LAST_KEYS.items()},
         }

@@ -33,12 +33,14 @@ def evaluate(
         autocast: the context of the forward pass.
 
     Returns:
-        eval_loss: mean negative log-likelihood (nats) per target token.
-        perplexity: exp of eval_loss.
-        reference_perplexity: what the published code would print, for comparison with published
-            tables only. It averages the means of the batches and starts counting at 1, so n batches
-            of mean loss L give exp(L n / (n + 1)).
-        eval_tokens: number of target tokens.
+        A dictionary with these keys:
+
+        * `eval_loss`: mean negative log-likelihood (nats) per target token.
+        * `perplexity`: exp of eval_loss.
+        * `reference_perplexity`: what the published code would print, for comparison with published
+          tables only. It averages the means of the batches and starts counting at 1, so n batches
+          of mean loss L give exp(L n / (n + 1)).
+        * `eval_tokens`: number of target tokens.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
     sum_of_means, n_batches = torch.zeros(2, dtype=torch.float64, device=ranks.device)

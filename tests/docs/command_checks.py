@@ -25,7 +25,7 @@ MULTINODE, SLURM = "scripts/multinode.sh", "scripts/slurm.sbatch"
 GPUS_OF_A_NODE = 8  # where the command does not say
 SBATCH_OPTIONS = {"--nodes", "--gpus-per-node", "--time"}
 WITH_DRY_RUN = re.compile(r"scripts/(run|tables/\w+)\.sh")
-WITHOUT_ARGUMENTS = re.compile(r"scripts/(quickstart|quickstart_vit|docs)\.sh")
+WITHOUT_ARGUMENTS = re.compile(r"(scripts|benchmarks)/\w+\.sh")
 _modules: dict[str, ModuleType] = {}
 
 

@@ -271,6 +271,7 @@ def test_the_environment_has_what_the_documentation_needs():
     assert "-r requirements.txt -r requirements-dev.txt" in text and len(uses) == 2
 
 
+@pytest.mark.slow
 def test_the_package_needs_torch_alone(tmp_path):
     """`pip install .` gives `import alphadecay`, without any other package of requirements.txt."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]

@@ -21,6 +21,8 @@ from tests.end_to_end.common import (
 )
 from tests.support import fork_server
 
+pytestmark = pytest.mark.slow
+
 
 def faulty(inputs, name, fault, *flags, once=False, environment=None, **changes):
     """The undisturbed run's settings, and a fault."""

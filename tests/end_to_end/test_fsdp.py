@@ -6,6 +6,7 @@ import pytest
 
 from tests.end_to_end.common import FINAL, exact, read_lines, run
 
+pytestmark = pytest.mark.slow
 QUIET = {"WANDB_MODE": "disabled"}
 
 

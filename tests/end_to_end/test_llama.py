@@ -141,6 +141,7 @@ def test_one_process_sees_the_same_batches(inputs, straight_run):
     assert_same_numbers(inputs / "alone", straight_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
 def test_another_number_of_processes_goes_on(inputs, straight_run, processes):
     """From the checkpoint that two processes made after update 20."""

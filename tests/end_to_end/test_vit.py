@@ -154,6 +154,7 @@ def test_one_process_sees_the_same_batches(inputs, straight_vit):
         assert alone == pytest.approx(together, rel=5e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, every", [("kill@27@1", 1000), ("kill@33@all", 6)])
 def test_killed_and_resumed_is_bit_exact(inputs, straight_vit, fault, every):
     """From the end of an epoch, and from the middle of one."""
@@ -172,6 +173,7 @@ def test_killed_and_resumed_is_bit_exact(inputs, straight_vit, fault, every):
     )
 
 
+@pytest.mark.slow
 def test_a_signal_saves_in_the_middle_of_an_epoch(inputs, straight_vit):
     done = faulty(inputs, "vit-signal", "SIGUSR1@13@1")
     assert (
@@ -182,6 +184,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(inputs, straight_vit):
     )
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_on_one_rank_is_applied_on_none(inputs):
     faulty(inputs, "vit-nan", "nan@5@1", check=True, epochs=1, warmup_epochs=0)
     after = trace(inputs / "vit-nan")
@@ -204,6 +207,7 @@ def test_accuracy_is_the_same_for_any_ranks_and_batches(inputs, straight_vit):
     assert said == {(f"{final['top1']:.2f}", f"{final['eval_loss']:.4f}")}
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read(inputs, tmp_path):
     """It is named, and nothing is lost; with --skip_bad_images true the run goes on without it, and the accuracy is over the others."""
     shutil.copytree(inputs / "images", tmp_path / "images")
@@ -219,10 +223,11 @@ def test_an_image_that_cannot_be_read(inputs, tmp_path):
     assert (tmp_path / "run/checkpoints/model_20/manifest.json").is_file()
     words = vit(tmp_path, "again", "--skip_bad_images", "true", epochs=1, warmup_epochs=0)
     done = run(words, script="main_vit.py", environment={"WANDB_MODE": "disabled"})
-    assert "left out:" in done.stderr and str(bad) in done.stderr
+    assert "skipped:" in done.stderr and str(bad) in done.stderr
     assert read_lines(tmp_path / "again/metrics.jsonl")[-1]["eval_images"] == 43
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

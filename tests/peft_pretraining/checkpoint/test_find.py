@@ -86,6 +86,7 @@ def test_no_silent_start_from_scratch(run, logged_warnings):
     assert len(logged_warnings) == 4
 
 
+@pytest.mark.slow
 def test_random_damage(run):
     """Random bytes anywhere in any file: what is loaded is exactly one of the two states."""
     folder, states = run

@@ -76,6 +76,7 @@ def test_the_saved_state_is_that_of_the_call(tmp_path, trained, monkeypatch):
     assert checkpoint_names(tmp_path / "run") == ["model_10", "model_20"]
 
 
+@pytest.mark.slow
 def test_ranks_agree_and_an_exit_waits_for_the_save(tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

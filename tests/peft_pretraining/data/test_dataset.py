@@ -184,6 +184,7 @@ def test_max_passes_ends_rows_before_a_row_comes_once_more(folder):
                 next(batches)
 
 
+@pytest.mark.slow
 def test_order_is_the_same_with_worker_processes(folder):
     data = load(folder, "stream")
     expected = [
@@ -208,6 +209,7 @@ def test_streaming_leaves_torchs_random_state_alone(folder):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_a_workers_error_is_the_users_one_sentence(folder, tmp_path):
     for path in (folder / "c4/en").iterdir():
         write(tmp_path / "en" / path.name, TEXTS[:3])

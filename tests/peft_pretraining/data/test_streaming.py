@@ -234,6 +234,7 @@ def test_resumed_with_another_batch_size_that_makes_as_many_lanes():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_worker_processes_straight_and_resumed_elsewhere(packing):
     rows = StreamedSequences(Lists(FEW), Letters(), LENGTH, packing)
@@ -462,6 +463,7 @@ class Deadly(Lists):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_the_users_one_sentence(tmp_path):
     handler = signal.getsignal(signal.SIGCHLD)
     rows = StreamedSequences(Deadly(texts([2]), sign=str(tmp_path / "sign")), Letters(), LENGTH)

@@ -151,7 +151,7 @@ def test_attention_within_documents():
     documents = [torch.randint(2, 256, (length,)) for length in (7, 1, 12)]
     documents = [torch.cat([d, torch.tensor([1])]) for d in documents]  # 1 ends a document
     alone = sum(model(d[None], d[None]) for d in documents)
-    packed = packed_batch(torch.cat(documents)[None].numpy(), end=1)
+    packed = packed_batch(torch.cat(documents)[None].numpy(), end_of_document=1)
     across = model(**packed)
     model.confine_attention(1)
     torch.testing.assert_close(model(**packed), alone)
@@ -163,6 +163,7 @@ def test_attention_within_documents():
 # ---------------------------------------------------------------------------------- compiled blocks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("end", [None, 1])
 def test_compiled_blocks(end):

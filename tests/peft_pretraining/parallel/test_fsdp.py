@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.end_to_end.common import ROOT, write_config
 
+pytestmark = pytest.mark.slow
 RANKS = 4
 
 

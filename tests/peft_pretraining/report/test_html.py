@@ -42,6 +42,7 @@ def page_of(tmp_path_factory):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.filterwarnings("error")
 def test_every_kind_of_run_gives_a_page(kind, page_of):

@@ -20,8 +20,8 @@ def test_a_checkpoint_holds_the_statistics_of_the_moment_of_saving(tmp_path, mon
     model = build_model(arguments("--model", "test_resnet"))
     optimizer = build_optimizer("adam", [{"params": list(model.parameters())}], 1e-3)
     checkpoints, forward_done = Checkpoints(tmp_path, ALONE), threading.Event()
-    make = checkpoints._copy.make
-    monkeypatch.setattr(checkpoints._copy, "make", lambda: forward_done.wait(20) and make())
+    make = checkpoints._snapshot.copy
+    monkeypatch.setattr(checkpoints._snapshot, "copy", lambda: forward_done.wait(20) and make())
     wanted = {name: buffer.clone() for name, buffer in model.named_buffers()}
     checkpoints.save(
         1, model, optimizer, {}, config={"architecture": "test_resnet"}, extra={"ema": model}
@@ -68,5 +68,5 @@ def test_a_checkpoint_keeps_the_moving_average(tmp_path):
             folder, other.model, other.optimizer, ALONE, other.config | {"num_classes": 5}
         )
     (folder / "training_state/ema.safetensors").unlink()
-    with pytest.raises(UserError, match="has no weights of ema: it was trained without"):
+    with pytest.raises(UserError, match="has no weights of ema, because it was trained without"):
         load_checkpoint(folder, other.model, other.optimizer, ALONE, other.config, other.averages())

@@ -281,6 +281,7 @@ for moment in range(1, moments + 1):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole, tokenizer, tmp_path):
     import pickle
 
@@ -308,6 +309,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole, tokenizer, tmp
         assert contents(folder) == expected, folder
 
 
+@pytest.mark.slow
 def test_killed_with_its_processes_by_the_command(tmp_path, monkeypatch):
     """From outside, in the midst of it: the processes go too, and the same command ends it."""
     corpus = tmp_path / "corpus.jsonl"
@@ -611,6 +613,7 @@ def damaged_copies(whole, folder, seed, cases, files):
         path.write_bytes(before)
 
 
+@pytest.mark.slow
 def test_fuzz_of_reading(whole, tokenizer, tmp_path):
     """Each of 1,000 damaged folders ends in a sentence that names the file, or in exactly the right rows."""
     expected = {}
@@ -650,6 +653,7 @@ def test_fuzz_of_the_stored_tokenizer(whole, tokenizer, tmp_path):
             assert path.read_bytes() == (whole / "tokenizer" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_fuzz_of_preparing_again(whole, tokenizer, tmp_path):
     """Called again on a damaged folder, the preparation makes it whole or says which file stands in its way."""
     expected, refusals = contents(whole), 0
