@@ -1,11 +1,15 @@
-"""Seconds for which a checkpoint keeps the training loop waiting, beside plain alternatives, in one run on this machine.
+"""Seconds for which a checkpoint keeps the training loop waiting, beside plain alternatives, in
+one run on this machine.
 
-    python benchmarks/bench_checkpoint.py [--models 9m 60m] [--rounds 5] [--rows 2] [--output FILE.json]
+    python benchmarks/bench_checkpoint.py [--models 9m 60m] [--rounds 5] [--rows 2] \
+        [--output FILE.json]
 
-A LLaMA in float32 with Adam trains on random tokens. Each round saves the same state in three ways, in turn: `torch.save` of weights and
-optimizer state; our writer with nothing going on beside it (files, SHA-256, fsync); our writer in the background of real steps. Blocked
-is what `save` and `before_update` take; the slowdown is what all steps until the files are whole take beyond undisturbed ones. The
-first background save, which allocates the copy's memory, stands alone. Medians of the rounds.
+A LLaMA in float32 with Adam trains on random tokens. Each round saves the same state in three ways,
+in turn: `torch.save` of weights and optimizer state; our writer with nothing going on beside it
+(files, SHA-256, fsync); our writer in the background of real steps. Blocked is what `save` and
+`before_update` take; the slowdown is what all steps until the files are whole take beyond
+undisturbed ones. The first background save, which allocates the copy's memory, stands alone.
+Medians of the rounds.
 """
 
 import argparse
@@ -153,7 +157,8 @@ def main() -> None:
         "rows": args.rows,
     }
     print(
-        "model   MiB  torch.save  ours alone  blocked (first)    times less  a step  slowdown over steps"
+        "model   MiB  torch.save  ours alone  blocked (first)    times less  a step  slowdown "
+        "over steps"
     )
     for size in args.models:
         folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -161,7 +166,10 @@ def main() -> None:
             results[size] = one = bench(Training(size, args.rows, folder, device), args.rounds)
         finally:
             shutil.rmtree(folder)
-        form = "{MiB:5.0f} {torch_save:9.3f} s {alone:9.3f} s {blocked:7.4f} s ({first_blocked:.4f} s) {times_less:8.1f} {step:7.3f} s"
+        form = (
+            "{MiB:5.0f} {torch_save:9.3f} s {alone:9.3f} s {blocked:7.4f} s ({first_blocked:.4f} "
+            "s) {times_less:8.1f} {step:7.3f} s"
+        )
         print(
             f"{size:>5} {form.format(**one)} {one['slowdown']:7.3f} s over {one['steps']:.0f}",
             flush=True,

@@ -1,15 +1,20 @@
-"""Tokens a second of preparing and of reading data, beside plain alternatives, in one run on this machine.
+"""Tokens a second of preparing and of reading data, beside plain alternatives, in one run on this
+machine.
 
-    python benchmarks/bench_data.py [--megabytes 20] [--rounds 3] [--output benchmarks/results/data_cpu.json]
+    python benchmarks/bench_data.py [--megabytes 20] [--rounds 3] \
+        [--output benchmarks/results/data_cpu.json]
 
-Preparing: real text (Wikipedia articles from shared/data or $ALPHADECAY_DATA, otherwise the docstrings of pydocs) with 1 and 2
-processes, from the .jsonl file to the finished folder, beside a plain batched `datasets.map` with the same tokenizer and as many
-processes, whose reading of the file is not counted. 1 process is this one with the tokenizer's own threads, for both. Reading: batches
-of 512 random rows of 256 tokens, every block checked, from the page cache on one thread; and the time to a batch at a random step.
-Alternatives take turns, so that a busy machine is slow for both; figures are medians.
+Preparing: real text (Wikipedia articles from shared/data or $ALPHADECAY_DATA, otherwise the
+docstrings of pydocs) with 1 and 2 processes, from the .jsonl file to the finished folder, beside a
+plain batched `datasets.map` with the same tokenizer and as many processes, whose reading of the
+file is not counted. 1 process is this one with the tokenizer's own threads, for both. Reading:
+batches of 512 random rows of 256 tokens, every block checked, from the page cache on one thread;
+and the time to a batch at a random step. Alternatives take turns, so that a busy machine is slow
+for both; figures are medians.
 """
 
-# What needs torch is imported in the functions: each tokenising process imports this module, as it does the prepare command.
+# What needs torch is imported in the functions: each tokenising process imports this module, as it
+# does the prepare command.
 import argparse
 import itertools
 import json
@@ -115,7 +120,9 @@ def bench_preparing(corpus: Path, tokenizer, scratch: Path, rounds: int) -> dict
 
 
 def bench_reading(folder: Path, rounds: int) -> dict:
-    """Tokens a second of random batches (pads not counted), and milliseconds to the batch of a random step."""
+    """Tokens a second of random batches (pads not counted), and milliseconds to the batch of a
+    random step.
+    """
     import numpy as np
 
     from peft_pretraining.data.shuffle import ShuffledIndices
@@ -194,10 +201,14 @@ def main() -> None:
     for n in (1, 2):
         ours, plain = (preparing["tokens_per_second"][f"{who} {n}"] for who in ("ours", "map"))
         print(
-            f"preparing, {n} process(es): datasets.map {plain:,.0f} tokens/s, ours {ours:,.0f}: {ours / plain:.2f} times as fast"
+            f"preparing, {n} process(es): datasets.map {plain:,.0f} tokens/s, ours "
+            f"{ours:,.0f}: {ours / plain:.2f} times as fast"
         )
     for kind in ("padded", "packed"):
-        form = "{tokens_per_second:,.0f} tokens/s; opened in {open_ms:.1f} ms, a random step in {seek_ms:.1f} ms (worst {seek_ms_worst:.1f})"
+        form = (
+            "{tokens_per_second:,.0f} tokens/s; opened in {open_ms:.1f} ms, a random step in "
+            "{seek_ms:.1f} ms (worst {seek_ms_worst:.1f})"
+        )
         print(f"reading {kind} rows: {form.format(**reading[kind])}")
     print(f"the order of 512 rows among 2**40: {reading['order_ms_of_2**40_rows']:.2f} ms")
     args.output.parent.mkdir(parents=True, exist_ok=True)

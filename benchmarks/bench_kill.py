@@ -1,13 +1,15 @@
-"""Runs of two ranks that are killed (SIGKILL) at a random instant and continued with `--continue_from auto`, beside one that never was.
+"""Runs of two ranks that are killed (SIGKILL) at a random instant and continued with
+`--continue_from auto`, beside one that never was.
 
     python benchmarks/bench_kill.py [--trials 100]
 
-Each trial kills one rank or both, at a moment drawn uniformly from the time that the undisturbed run takes, start-up and checkpoints
-included, and then lets it finish. Compared are the hashes of weights and optimizer and the decays after every update, every logged loss and
-statistic, and the SHA-256 of every file of the last checkpoint. Prints how many trials were equal.
+Each trial kills one rank or both, at a moment drawn uniformly from the time that the undisturbed
+run takes, start-up and checkpoints included, and then lets it finish. Compared are the hashes of
+weights and optimizer and the decays after every update, every logged loss and statistic, and the
+SHA-256 of every file of the last checkpoint. Prints how many trials were equal.
 
-The ranks are forked from a process that has imported everything, so that a trial takes seconds; tests/end_to_end/test_faults.py kills
-runs that torchrun started.
+The ranks are forked from a process that has imported everything, so that a trial takes seconds;
+tests/end_to_end/test_faults.py kills runs that torchrun started.
 """
 
 import argparse
@@ -172,7 +174,8 @@ def summary(outcomes: list[dict], duration: float) -> str:
         for key in ("equal", "killed", "during_a_save", "newest_checkpoint")
     )
     return (
-        f"{equal} of {len(outcomes)} runs equal to the undisturbed one ({duration:.1f} s); {killed} were killed before their end, "
+        f"{equal} of {len(outcomes)} runs equal to the undisturbed one ({duration:.1f} s); "
+        f"{killed} were killed before their end, "
         f"{between} of all when they had a checkpoint, {saving} of all during a save"
     )
 

@@ -1,10 +1,12 @@
-"""Time of a training step with each method beside one with uniform decay, and AdaDecay's peak memory.
+"""Time of a training step with each method beside one with uniform decay, and AdaDecay's peak
+memory.
 
     python benchmarks/bench_methods.py [--model_config configs/llama_9m.json] [--rounds 20]
 
-Forward, backward, gradient norm, the method and the fused optimizer, on random tokens; the methods take turns, a step each, in an
-order that changes from round to round. Prints the median over the rounds of a step over the uniform step of the same round, and the
-median time of the method's own part over that of the whole uniform step (steadier, as it is no difference of two large times).
+Forward, backward, gradient norm, the method and the fused optimizer, on random tokens; the methods
+take turns, a step each, in an order that changes from round to round. Prints the median over the
+rounds of a step over the uniform step of the same round, and the median time of the method's own
+part over that of the whole uniform step (steadier, as it is no difference of two large times).
 AlphaDecay is timed between two analyses and at one.
 """
 
@@ -156,7 +158,8 @@ def main() -> None:
             )
     result["adadecay_extra_copies"] = extra_memory(config, args.device)
     print(
-        f"adadecay: {result['adadecay_extra_copies']:.3f} copies of the largest parameter beyond the training's own memory"
+        f"adadecay: {result['adadecay_extra_copies']:.3f} copies of the largest parameter "
+        "beyond the training's own memory"
     )
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,10 +2,12 @@
 
     python benchmarks/bench_spectra.py [--models 60m 130m 350m] [--rounds 3] [--output FILE.json]
 
-Prints: one process beside a loop of `torch.linalg.svdvals` over every Linear (as the published code does it); two gloo ranks of one
-thread beside one rank of one thread; seconds that a synchronous and an asynchronous analysis keep the training loop waiting, and what
-the training loses meanwhile; the threshold searches beside plain loops; the cost of a step without an analysis; peak memory at 7B
-shapes. On a GPU the same analysis runs there. Alternatives take turns, so that a busy machine is slow for both; ratios are of medians.
+Prints: one process beside a loop of `torch.linalg.svdvals` over every Linear (as the published code
+does it); two gloo ranks of one thread beside one rank of one thread; seconds that a synchronous and
+an asynchronous analysis keep the training loop waiting, and what the training loses meanwhile; the
+threshold searches beside plain loops; the cost of a step without an analysis; peak memory at 7B
+shapes. On a GPU the same analysis runs there. Alternatives take turns, so that a busy machine is
+slow for both; ratios are of medians.
 """
 
 import argparse
@@ -128,8 +130,10 @@ def as_a_rank(size: str) -> None:
 
 
 def bench_async(size: str, device: str) -> dict:
-    """A few training steps with a synchronous and an asynchronous analysis: how long `decay.step` keeps the loop waiting, and how much
-    longer the steps are while the analysis runs beside them."""
+    """A few training steps with a synchronous and an asynchronous analysis: how long `decay.step`
+    keeps the loop waiting, and how much longer the steps are while the analysis runs beside
+    them.
+    """
     results = {}
     for name, lag in (("synchronous", 0), ("asynchronous", 12)):
         model = model_of(size, device)
@@ -265,16 +269,20 @@ def main() -> None:
     results: dict = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     for size in args.models:
         results[size] = one = bench_one_process(size, args.rounds, device)
-        times = "svdvals of every Linear {svdvals:.3f} s, ours {ours:.3f} s: {times_faster:.2f} times faster".format(
-            **one
+        form = (
+            "svdvals of every Linear {svdvals:.3f} s, ours {ours:.3f} s: {times_faster:.2f} times"
         )
+        times = form.format(**one) + " faster"
         print(
             f"{size:>5}: {times}, alpha within {one['alpha_error']:.1e} {one['solvers'] or ''}",
             flush=True,
         )
     if device == "cpu":
         results["ranks"] = bench_ranks(args.models[0], args.rounds)
-        form = "ranks of one thread: one {one_rank:.3f} s, two {two_ranks:.3f} s: {times_faster:.2f} times faster"
+        form = (
+            "ranks of one thread: one {one_rank:.3f} s, two {two_ranks:.3f} s: {times_faster:.2f} "
+            "times faster"
+        )
         print(form.format(**results["ranks"]), flush=True)
     results["async"] = bench_async(args.models[0], device)
     print(
@@ -283,12 +291,18 @@ def main() -> None:
     )
     results["searches"] = bench_searches()
     for method, r in results["searches"].items():
-        form = "{plain:.3f} s, ours {ours:.5f} s: {times_faster:.0f} times faster, same threshold: {same_threshold}"
+        form = (
+            "{plain:.3f} s, ours {ours:.5f} s: {times_faster:.0f} times faster, same threshold: "
+            "{same_threshold}"
+        )
         print(f"{method}: plain loops {form.format(**r)}", flush=True)
     results["idle_step_microseconds"] = bench_idle_step()
     print(f"a step without an analysis: {results['idle_step_microseconds']:.2f} microseconds")
     results["memory"] = bench_memory()
-    form = "peak extra memory at 7B shapes: {extra_MiB:.0f} MiB (the two largest matrices: {two_largest_MiB:.0f} MiB)"
+    form = (
+        "peak extra memory at 7B shapes: {extra_MiB:.0f} MiB (the two largest matrices: "
+        "{two_largest_MiB:.0f} MiB)"
+    )
     print(form.format(**results["memory"]))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,18 @@
-"""Tokens a second of the training step beside transformers' LLaMA, its memory and its losses, in one run on this machine.
+"""Tokens a second of the training step beside transformers' LLaMA, its memory and its losses, in
+one run on this machine.
 
-    python benchmarks/bench_train.py [--models 9m 60m] [--rounds 7] [--data FOLDER] [--output FILE.json]
+    python benchmarks/bench_train.py [--models 9m 60m] [--rounds 7] [--data FOLDER] \
+        [--output FILE.json]
 
-Prints: the whole step (forward, backward, Adam) of this project, plain and compiled, beside transformers' `LlamaForCausalLM` with sdpa,
-its own loss and `torch.optim.Adam`, on random tokens, and its share of what the device's matrix product makes; peak memory of each; how
-far the losses of 50 updates are from the plain path's, with pads and gradient accumulation; what module groups cost the optimizer; and,
-with real text, real tokens a second of packed beside padded rows. Alternatives take turns, so that a busy machine is slow for all; ratios
-are medians of those within a round.
+Prints: the whole step (forward, backward, Adam) of this project, plain and compiled, beside
+transformers' `LlamaForCausalLM` with sdpa, its own loss and `torch.optim.Adam`, on random tokens,
+and its share of what the device's matrix product makes; peak memory of each; how far the losses of
+50 updates are from the plain path's, with pads and gradient accumulation; what module groups cost
+the optimizer; and, with real text, real tokens a second of packed beside padded rows. Alternatives
+take turns, so that a busy machine is slow for all; ratios are medians of those within a round.
 
-FOLDER: `wiki/*.jsonl.xz`, `c4/*.jsonl.gz` and `tokenizers/t5` (default: the environment variable ALPHADECAY_DATA; without it no text).
+FOLDER: `wiki/*.jsonl.xz`, `c4/*.jsonl.gz` and `tokenizers/t5` (default: the environment variable
+ALPHADECAY_DATA; without it no text).
 """
 
 import argparse
@@ -127,7 +131,7 @@ def random_batch(
     return [(ids, ids)]
 
 
-# ------------------------------------------------------------------------------------------------------------- the sections
+# ------------------------------------------------------------------------------------- the sections
 
 
 def bench_step(size: str, options: argparse.Namespace) -> dict:
@@ -154,7 +158,10 @@ def bench_step(size: str, options: argparse.Namespace) -> dict:
             "times_transformers": ratio(times, "transformers", kind),
             "mfu": speed * llama_flops(config, LENGTH) / peak,
         }
-        form = "{tokens_per_second:,.0f} tokens/s, {times_transformers:.2f} times transformers', MFU {mfu:.1%}"
+        form = (
+            "{tokens_per_second:,.0f} tokens/s, {times_transformers:.2f} times transformers', MFU "
+            "{mfu:.1%}"
+        )
         print(f"{size:>5} {kind:<16} {form.format(**results[kind])} ({source})", flush=True)
     return results
 
@@ -193,7 +200,9 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
 
 
 def bench_losses(options: argparse.Namespace, updates: int = 50) -> dict:
-    """Greatest relative distance of each fast path's losses to those of the plain path, over 50 updates of two micro-batches with pads."""
+    """Greatest relative distance of each fast path's losses to those of the plain path, over 50
+    updates of two micro-batches with pads.
+    """
     config = config_of("9m")
     generator = torch.Generator().manual_seed(0)
     kinds = [
@@ -230,10 +239,11 @@ def bench_losses(options: argparse.Namespace, updates: int = 50) -> dict:
 
 
 def bench_groups(size: str, options: argparse.Namespace, rows: int) -> dict:
-    """What AlphaDecay's groups, one for each module, add to a step without an analysis, beside one group for all.
+    """What AlphaDecay's groups, one for each module, add to a step without an analysis, beside one
+    group for all.
 
-    Forward and backward passes are the same; what differs, `decay.step` and the optimizer, is timed by itself: it is a fiftieth of the
-    step, whose own noise would hide it.
+    Forward and backward passes are the same; what differs, `decay.step` and the optimizer, is timed
+    by itself: it is a fiftieth of the step, whose own noise would hide it.
     """
     config = config_of(size)
     torch.manual_seed(0)
@@ -274,14 +284,17 @@ def bench_groups(size: str, options: argparse.Namespace, rows: int) -> dict:
         "added_share": added / whole,
     }
     print(
-        f"{size:>5} {result['groups']} groups beside one add {added * 1e3:.2f} ms to a step of {whole:.2f} s: {added / whole:.3%}",
+        f"{size:>5} {result['groups']} groups beside one add {added * 1e3:.2f} ms to a step of "
+        f"{whole:.2f} s: {added / whole:.3%}",
         flush=True,
     )
     return result
 
 
 def bench_packing(size: str, options: argparse.Namespace) -> dict:
-    """Real tokens a second of rows with pads, of packed rows, and of packed rows whose attention stays within documents."""
+    """Real tokens a second of rows with pads, of packed rows, and of packed rows whose attention
+    stays within documents.
+    """
     results: dict = {}
     for corpus, file in (
         ("wikipedia", next(options.data.glob("wiki/*.jsonl.xz"))),
@@ -311,7 +324,8 @@ def bench_packing(size: str, options: argparse.Namespace) -> dict:
                 / statistics.median(times[name]),
             }
             print(
-                f"{size:>5} {corpus:<9} {name:<13} {useful:.1%} real, {results[corpus][name]['real_tokens_per_second']:,.0f} real tokens/s",
+                f"{size:>5} {corpus:<9} {name:<13} {useful:.1%} real, "
+                f"{results[corpus][name]['real_tokens_per_second']:,.0f} real tokens/s",
                 flush=True,
             )
     return results

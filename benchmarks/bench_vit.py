@@ -1,9 +1,12 @@
-"""Images a second of main_vit.py's training loop beside timm's, on the same model, images and settings, in one run.
+"""Images a second of main_vit.py's training loop beside timm's, on the same model, images and
+settings, in one run.
 
-    python benchmarks/bench_vit.py [--model deit_tiny_patch16_224] [--input_size 64] [--updates 8] [--rounds 5]
+    python benchmarks/bench_vit.py [--model deit_tiny_patch16_224] [--input_size 64] \
+        [--updates 8] [--rounds 5]
 
-The other loop is that of timm's train.py, made of timm's parts: create_loader with its prefetcher and timm's collation, Mixup,
-create_optimizer_v2 and ModelEmaV3. Both take turns, `--updates` updates each, after one to warm up, over `--rounds` rounds.
+The other loop is that of timm's train.py, made of timm's parts: create_loader with its prefetcher
+and timm's collation, Mixup, create_optimizer_v2 and ModelEmaV3. Both take turns, `--updates`
+updates each, after one to warm up, over `--rounds` rounds.
 """
 
 import argparse
@@ -42,7 +45,9 @@ RESULT = ROOT / "benchmarks/results"
 
 
 def write_photographs(folder: Path, size: int, classes: int = 4, each: int = 64) -> None:
-    """JPEG files of about the size that the model sees: smooth noise, so that decoding costs what it does for photographs."""
+    """JPEG files of about the size that the model sees: smooth noise, so that decoding costs what
+    it does for photographs.
+    """
     rng = np.random.default_rng(0)
     for split, count in (("train", each), ("val", 1)):
         for label in range(classes):
@@ -61,8 +66,14 @@ def settings(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
     """The flags of main_vit.py, the recipe's defaults but for what the benchmark sets."""
     parser = vit_parser()
     alphadecay.cli.flags.add_flags(parser)
-    words = f"--model {options.model} --input_size {options.input_size} --batch_size {options.batch_size} --nb_classes 4 --drop_path 0.1"
-    words += f" --data_path {folder} --model_ema true --num_workers {options.num_workers} --epochs 1000000"
+    words = (
+        f"--model {options.model} --input_size {options.input_size} --batch_size "
+        f"{options.batch_size} --nb_classes 4 --drop_path 0.1"
+    )
+    words += (
+        f" --data_path {folder} --model_ema true --num_workers {options.num_workers} --epochs "
+        "1000000"
+    )
     return complete(parser.parse_args(words.split()), world_size=1)
 
 
@@ -108,11 +119,19 @@ class Theirs:
         self.ema = ModelEmaV3(self.model, args.model_ema_decay)
         self.criterion, self.mixup = SoftTargetCrossEntropy(), main_vit.loss_and_mixup(args)[1]
         self.loader = create_loader(
-            create_dataset("", str(folder), split="train", is_training=True), (3, args.input_size, args.input_size), args.batch_size,
-            is_training=True, re_prob=args.reprob, re_mode=args.remode, color_jitter=args.color_jitter, auto_augment=args.aa,
-            interpolation=args.train_interpolation, num_workers=args.num_workers, device=RANKS.device,
+            create_dataset("", str(folder), split="train", is_training=True),
+            (3, args.input_size, args.input_size),
+            args.batch_size,
+            is_training=True,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation,
+            num_workers=args.num_workers,
+            device=RANKS.device,
             persistent_workers=args.num_workers > 0,
-        )  # fmt: skip
+        )
         for augmentation in self.loader.dataset.transform.transforms:
             patch_posterize(
                 augmentation

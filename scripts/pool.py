@@ -1,9 +1,12 @@
-"""Runs command lines from standard input, as many at once as there are slots: the cells of a table over the GPUs of a machine.
+"""Runs command lines from standard input, as many at once as there are slots: the cells of a table
+over the GPUs of a machine.
 
-    printf '%s\n' 'bash scripts/run.sh ...' 'bash scripts/run.sh ...' | python scripts/pool.py --gpus 0 1 2,3
+    printf '%s\n' 'bash scripts/run.sh ...' 'bash scripts/run.sh ...' |
+        python scripts/pool.py --gpus 0 1 2,3
 
-Each slot is one or several GPUs (CUDA_VISIBLE_DEVICES of its command); without GPUs, --jobs N runs N at once. A command that fails does not
-stop the others: at the end the failed ones are named, and the exit code is 1. Ctrl-C and SIGTERM end all of them.
+Each slot is one or several GPUs (CUDA_VISIBLE_DEVICES of its command); without GPUs, --jobs N runs
+N at once. A command that fails does not stop the others: at the end the failed ones are named, and
+the exit code is 1. Ctrl-C and SIGTERM end all of them.
 """
 
 import argparse
@@ -43,7 +46,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Pool:
-    """Commands on slots. A slot is a value of CUDA_VISIBLE_DEVICES, or None: the command sees what this process sees."""
+    """Commands on slots. A slot is a value of CUDA_VISIBLE_DEVICES, or None: the command sees what
+    this process sees.
+    """
 
     def __init__(self, slots: list[str | None]):
         self.free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -55,7 +60,8 @@ class Pool:
             False,
             threading.Lock(),
         )
-        # Commands on one CPU share its cores: threads that wait for one another's would slow all of them many times over.
+        # Commands on one CPU share its cores: threads that wait for one another's would slow all of
+        # them many times over.
         share = max(1, (os.cpu_count() or 1) // len(slots))
         self.threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
 
@@ -90,7 +96,8 @@ class Pool:
             with self.lock:
                 self.running.discard(process)
             print(
-                f"{place} {'done' if code == 0 else f'FAILED ({code})'} in {time.monotonic() - start:.0f} s: {command}",
+                f"{place} {'done' if code == 0 else f'FAILED ({code})'} in "
+                f"{time.monotonic() - start:.0f} s: {command}",
                 flush=True,
             )
             return code
@@ -98,7 +105,9 @@ class Pool:
             self.free.put(slot)
 
     def stop(self, *_) -> None:
-        """Start nothing more, and have what runs save and end: a training answers SIGTERM with a checkpoint, and a second one by dying."""
+        """Start nothing more, and have what runs save and end: a training answers SIGTERM with a
+        checkpoint, and a second one by dying.
+        """
         with self.lock:
             if self.stopped:
                 return

@@ -1,9 +1,13 @@
-"""The T5 tokenizer with fewer pieces: all of its single characters, and the most frequent others, to SIZE in all.
+"""The T5 tokenizer with fewer pieces: all of its single characters, and the most frequent others,
+to SIZE in all.
 
-    python results/wikipedia/reduced_t5.py T5 OUTPUT [SIZE]        T5: t5-base, or a folder with its files
+    python results/wikipedia/reduced_t5.py T5 OUTPUT [SIZE]
 
-T5 segments by the likeliest pieces (a unigram model), whose list is in the order of their frequency; the likeliest segmentation into fewer
-pieces is found by the same model. A character that T5 does not know stays unknown.
+T5 is t5-base, or a folder with its files.
+
+T5 segments by the likeliest pieces (a unigram model), whose list is in the order of their
+frequency; the likeliest segmentation into fewer pieces is found by the same model. A character that
+T5 does not know stays unknown.
 """
 
 import json

@@ -146,7 +146,8 @@ def describe_assumptions(args: argparse.Namespace, formulas: str) -> str:
         f"{args.gpu}: {gpu.memory:g} GB; {gpu.bf16:g} TFLOP/s in bf16 and {gpu.float32:g} TFLOP/s "
         f"in float32 (NVIDIA's data sheet); {gpu.link:g} GB/s to its node, and "
         f"{args.network or gpu.network:g} GB/s from a node to the network in one direction (DGX)",
-        f"{args.total_batch_size} sequences of {args.max_length} tokens in an update, {args.dtype}, "
+        f"{args.total_batch_size} sequences of {args.max_length} tokens in an update, "
+        f"{args.dtype}, "
         f"an analysis every {args.every} updates",
     ]
     lines += [

@@ -25,7 +25,9 @@ def llama_60m():
 
 
 def heavy_tailed(model):
-    """Low-rank additions whose singular values fall like a power law: what training does to a weight."""
+    """Low-rank additions whose singular values fall like a power law: what training does to a
+    weight.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, module in enumerate(balanced_modules(model)):
@@ -67,7 +69,8 @@ def test_statistics_agree(case):
     modules = balanced_modules(model)
     assert [m.name for m in modules] == names
     weights = [m.weight for m in modules]
-    # As AlphaDecay asks for them (float32 where that is enough for alpha, no entropy), and all of them precisely.
+    # As AlphaDecay asks for them (float32 where that is enough for alpha, no entropy), and all of
+    # them precisely.
     for whole, tolerance in ((False, 1e-5), (True, TOLERANCE)):
         rows = SpectralEngine().rows(weights, gradient_norms(weights), "alpha", whole=whole)
         for module, (row, failure) in zip(modules, rows, strict=True):

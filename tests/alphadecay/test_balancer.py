@@ -53,7 +53,7 @@ def test_three_lines():
 
 
 def test_updates_fall_on_multiples():
-    """(update_step + 1) % every == 0 for update_step 0, 1, ...: with every = 3 at updates 3 and 6."""
+    """Analyses run at every multiple of `every`: at updates 3 and 6 with every = 3."""
     model = small_model()
     decay = AlphaDecay(model, 0.1, every=3)
     optimizer = torch.optim.SGD(decay.param_groups(), lr=1e-2)
@@ -371,7 +371,10 @@ def test_optimizers_without_decay_are_refused():
 def test_flags_reach_the_balancer():
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    words = "--use_modulewise_wd --xmin_pos 4 --filter_zeros true --remove_first_layer false --wd_min_ratio 0.5 --wd_max_ratio 2"
+    words = (
+        "--use_modulewise_wd --xmin_pos 4 --filter_zeros true --remove_first_layer false "
+        "--wd_min_ratio 0.5 --wd_max_ratio 2"
+    )
     args = parser.parse_args(
         [*words.split(), "--unbalancedWD_every", "20", "--esd_async", "--esd_lag", "5"]
     )
@@ -409,7 +412,9 @@ def test_analyze_reads_every_module():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_ranks_agree_with_one_process(tmp_path, processes):
-    """Ranks that each analyse a share end with the same history, decays and weights, and the decays of one process without any group."""
+    """Ranks that each analyse a share end with the same history, decays and weights, and the
+    decays of one process without any group.
+    """
     script = "tests/support/ranks/balancer.py"
     for name in ("alone", "together"):
         (tmp_path / name).mkdir()

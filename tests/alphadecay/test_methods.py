@@ -1,4 +1,4 @@
-"""Methods, controls and the ways of a decay to the weights, beside plain twins (method_twins.py)."""
+"""Every method, control and decay hook equals a plain twin (tests/support/method_twins.py)."""
 
 import argparse
 import json
@@ -44,7 +44,7 @@ def test_every_method_has_a_twin():
     assert {method.split()[0] for method, _ in CASES} == set(METHOD_PRESETS)
 
 
-# ------------------------------------------------------------------------------------------------------------- the controls
+# ------------------------------------------------------------------------------------- the controls
 
 
 def small_model(n=5):
@@ -152,7 +152,7 @@ def test_one_shot_is_frozen_after_its_first_analysis():
     assert {row["step"] for row in decay.history} == {0, 3}
 
 
-# -------------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 def parse(words):
@@ -168,7 +168,8 @@ def parse(words):
 def test_a_method_is_its_published_flags():
     named = parse("--method adadecay-module --weight_decay 1e-6")
     spelt = parse(
-        "--use_modulewise_wd --alpha_positively_with_WD --esd_metric_for_tb gradnorm --assign_func layerwise_sigmoid --weight_decay 1e-6"
+        "--use_modulewise_wd --alpha_positively_with_WD --esd_metric_for_tb gradnorm "
+        "--assign_func layerwise_sigmoid --weight_decay 1e-6"
     )
     assert vars(named) | {"method": None} == vars(spelt)
     assert parse("--method wd0").weight_decay == 0 and parse("").weight_decay == 1e-5
@@ -236,7 +237,7 @@ def test_multipliers_that_fit_no_module_are_refused(multipliers, message):
         alphadecay.AlphaDecay(small_llama(), ETA, controls=controls)
 
 
-# --------------------------------------------------------------------------------------------- how a decay reaches the weights
+# ------------------------------------------------------------------ how a decay reaches the weights
 
 
 def groups_of(model, decay=ETA):
@@ -322,7 +323,9 @@ def test_nothing_moves_in_an_update_that_is_left_out(optimizer_name, kind, bad):
 
 
 def test_decays_stay_in_their_groups():
-    """Between steps the groups carry the method's decays, not what AdamC or cautious decay made of them for a step."""
+    """Between steps the groups carry the method's decays, not what AdamC or cautious decay made of
+    them for a step.
+    """
     model = small_llama()
     optimizer = build_optimizer("adamw", groups_of(model), 1e-3)
     install_decay_hooks(optimizer, PEAK, cautious=True)
@@ -332,7 +335,9 @@ def test_decays_stay_in_their_groups():
 
 
 def test_muon_is_torchs_two_optimizers():
-    """With module-wise decays: Muon for matrices in blocks, AdamW for the rest, each stepped by hand."""
+    """With module-wise decays: Muon for matrices in blocks, AdamW for the rest, each stepped by
+    hand.
+    """
     ours, theirs = small_llama(), small_llama()
     optimizer = build_optimizer(
         "muon", split_hidden(alphadecay.AlphaDecay(ours, ETA).param_groups(), ours), 1e-3

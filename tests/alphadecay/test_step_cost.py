@@ -1,4 +1,6 @@
-"""An update asks the device for no number: on a GPU each would wait until all that was queued is done."""
+"""An update asks the device for no number: on a GPU each would wait until all that was queued is
+done.
+"""
 
 import types
 
@@ -36,7 +38,9 @@ class Waits(TorchDispatchMode):
 
 
 def an_update(device):
-    """A function that makes update after update with pads, accumulation, clipping and AlphaDecay, none of them an analysis."""
+    """A function that makes update after update with pads, accumulation, clipping and AlphaDecay,
+    none of them an analysis.
+    """
     ranks = DistributedContext(0, 0, 1, device)
     config = {
         "vocab_size": 256,

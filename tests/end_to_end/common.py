@@ -15,18 +15,26 @@ FAULTY = "tests/end_to_end/faulty_main.py"
 
 
 REFERENCE_COMMAND = (
-    "torchrun --nproc_per_node=2 --master_port=20301 --master_addr=localhost torchrun_main.py --model_config configs/llama_130m.json "
-    "--optimizer adam --seed 5 --lr 0.001 --batch_size 256 --total_batch_size 512 --num_training_steps 20000 --warmup_steps 2000 "
-    "--weight_decay 0.00001 --use_modulewise_wd --alpha_positively_with_WD --unbalancedWD_every 500 --esd_metric_for_tb alpha "
-    "--assign_func tb_linear_map --wd_min_ratio 0.6666 --wd_max_ratio 3 --dtype bfloat16 --eval_every 1000 "
-    "--wandb_name ours-adam-1.5-3unb-130M-lr0.001-WD0.00001-repeat1 --target_eval_tokens 10_000_000 --save_every 10000"
+    "torchrun --nproc_per_node=2 --master_port=20301 --master_addr=localhost torchrun_main.py "
+    "--model_config configs/llama_130m.json "
+    "--optimizer adam --seed 5 --lr 0.001 --batch_size 256 --total_batch_size 512 "
+    "--num_training_steps 20000 --warmup_steps 2000 "
+    "--weight_decay 0.00001 --use_modulewise_wd --alpha_positively_with_WD "
+    "--unbalancedWD_every 500 --esd_metric_for_tb alpha "
+    "--assign_func tb_linear_map --wd_min_ratio 0.6666 --wd_max_ratio 3 --dtype bfloat16 "
+    "--eval_every 1000 "
+    "--wandb_name ours-adam-1.5-3unb-130M-lr0.001-WD0.00001-repeat1 --target_eval_tokens "
+    "10_000_000 --save_every 10000"
 )
 
 
 VIT_COMMAND = (
-    "torchrun --nproc_per_node=2 --master_port=20023 --master_addr=localhost main_vit.py --model vit_deit_tiny_patch16_224 --drop_path 0.1 "
-    "--batch_size 192 --lr 4e-3 --weight_decay 0.000005 --use_modulewise_wd --alpha_positively_with_WD --unbalancedWD_every 500 "
-    "--esd_metric_for_tb alpha --assign_func tb_linear_map --wd_min_ratio 0.6666 --wd_max_ratio 3 --update_freq 1 --model_ema true "
+    "torchrun --nproc_per_node=2 --master_port=20023 --master_addr=localhost main_vit.py "
+    "--model vit_deit_tiny_patch16_224 --drop_path 0.1 "
+    "--batch_size 192 --lr 4e-3 --weight_decay 0.000005 --use_modulewise_wd "
+    "--alpha_positively_with_WD --unbalancedWD_every 500 "
+    "--esd_metric_for_tb alpha --assign_func tb_linear_map --wd_min_ratio 0.6666 "
+    "--wd_max_ratio 3 --update_freq 1 --model_ema true "
     "--model_ema_eval true --data_path IMAGENET --output_dir OUT --wandb_name NAME"
 )
 
@@ -47,7 +55,7 @@ def write_config(folder, **changes):
 
 
 def write_text(folder, documents=600, name="corpus.jsonl"):
-    """Documents of a made-up language with structure to learn: each word goes before a few others."""
+    """Return documents of an artificial language, in which few words can follow each word."""
     rng = random.Random(0)
     words = [
         "".join(
@@ -67,7 +75,9 @@ def write_text(folder, documents=600, name="corpus.jsonl"):
 
 
 def write_images(folder, train=40, val=11, size=32):
-    """Class folders to learn from: a colour for each of four classes, under noise. 160 training images, 44 to validate on."""
+    """Class folders to learn from: a colour for each of four classes, under noise. 160 training
+    images, 44 to validate on.
+    """
     import numpy as np
     from PIL import Image
 
@@ -102,7 +112,9 @@ def command(arguments, script="torchrun_main.py", processes=2, options=()):
 
 
 def surroundings(changes=None):
-    """The environment of a script that is started: W&B, which takes seconds to start, only where a test asks for it."""
+    """The environment of a script that is started: W&B, which takes seconds to start, only where a
+    test asks for it.
+    """
     return (
         os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
@@ -119,7 +131,9 @@ def run(
     options=(),
     cold=False,
 ):
-    """Run a script to its end; returns the finished process with its output. cold: from a new interpreter, see support/fork_server.py."""
+    """Run a script to its end; returns the finished process with its output. cold: from a new
+    interpreter, see support/fork_server.py.
+    """
     return fork_server.run(
         command(arguments, script, processes, options),
         cold,
@@ -169,7 +183,9 @@ def exact(inputs, name, *more, **changes):
 
 
 def vit(inputs, name, *more, **changes):
-    """A run of the published ViT command with a tiny model: 40 updates of 8 images in 2 epochs, analyses, a checkpoint after each epoch."""
+    """A run of the published ViT command with a tiny model: 40 updates of 8 images in 2 epochs,
+    analyses, a checkpoint after each epoch.
+    """
     sizes = {
         "input_size": 32,
         "nb_classes": 4,

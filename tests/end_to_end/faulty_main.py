@@ -1,10 +1,17 @@
-"""torchrun_main.py, or main_vit.py, with a trace of what each rank holds after every update, and with faults that the environment asks for.
+"""Run torchrun_main.py or main_vit.py, record what each rank holds, and cause faults.
 
-SCRIPT=NAME            torchrun_main (the default) or main_vit
-TRACE=FILE             each rank appends a line for each update to FILE.rank<r>: hashes of weights and optimizer, and the decays
-FAULT=WHAT@UPDATE@WHO  in that update, on that rank (or `all`): `kill` (SIGKILL), `nan` (one gradient, before the exchange; `nan+`: from
-                       that update on), `data` (no batch), `slow` (takes a minute), `SIGTERM`, `SIGUSR1`, `SIGTERM>agent` (to torchrun)
-FAULT_ONCE=FILE        the fault happens only while FILE is not there, and makes it
+Environment variables control it:
+
+* `SCRIPT`: `torchrun_main` (the default) or `main_vit`.
+* `TRACE=FILE`: each rank appends a line for each update to FILE.rank<r>: hashes of the weights and
+  the optimizer state, and the decays.
+* `FAULT=WHAT@UPDATE@WHO`: cause a fault in that update on that rank (or on `all`). WHAT is one of
+    * `kill`: SIGKILL,
+    * `nan`: one gradient is NaN before the ranks exchange gradients; `nan+`: from that update on,
+    * `data`: there is no batch,
+    * `slow`: the update takes a minute,
+    * `SIGTERM`, `SIGUSR1`, or `SIGTERM>agent`: that signal, the last one sent to torchrun.
+* `FAULT_ONCE=FILE`: cause the fault only if FILE does not exist, and create it.
 """
 
 import hashlib
@@ -57,7 +64,9 @@ def with_faults(steps, done: int):
 
 
 def put_faults_into_data() -> None:
-    """Into the iterator over this rank's data of each update, which the scripts make in their own ways."""
+    """Into the iterator over this rank's data of each update, which the scripts make in their own
+    ways.
+    """
     if script.__name__ == "main_vit":
         build_train_loader = script.build_train_loader
         script.build_train_loader = lambda args, data, done, ranks: with_faults(

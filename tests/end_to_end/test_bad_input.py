@@ -21,7 +21,10 @@ def folder(tmp_path, monkeypatch):
 
 def flags(folder, *more):
     """A command that would train; argparse lets later flags win."""
-    base = f"--model_config {folder}/config.json --dataset {folder}/corpus.jsonl --tokenizer bpe --max_length 32 --dtype float32"
+    base = (
+        f"--model_config {folder}/config.json --dataset {folder}/corpus.jsonl --tokenizer bpe "
+        "--max_length 32 --dtype float32"
+    )
     base += f" --batch_size 4 --total_batch_size 8 --num_training_steps 2 --save_dir {folder}/run"
     return [*base.split(), *map(str, more)]
 
@@ -119,7 +122,8 @@ def test_token_outside_the_vocabulary(monkeypatch, capfd, folder):
         monkeypatch, capfd, flags(folder, "--model_config", small, "--tokenizer", tokenizer)
     )
     assert re.search(
-        r"gives the id (3|4|5)\d\d but the model's vocab_size is 300; .* a vocab_size of 512 or more",
+        r"gives the id (3|4|5)\d\d but the model's vocab_size is 300; .* a vocab_size of 512 "
+        r"or more",
         text,
     )
 
@@ -156,7 +160,9 @@ def test_a_checkpoint_of_another_run(monkeypatch, capfd, folder):
 
 
 def test_a_continued_run_that_died_early_begins_again(folder):
-    """Continued from elsewhere and killed before its first own checkpoint, it can be started the same way again."""
+    """Continued from elsewhere and killed before its first own checkpoint, it can be started the
+    same way again.
+    """
     run(flags(folder, "--num_training_steps", 1, "--save_dir", folder / "first"), processes=1)
     again = flags(
         folder, "--num_training_steps", 3, "--continue_from", folder / "first/checkpoints/model_1"

@@ -1,4 +1,6 @@
-"""Nothing is lost: runs that are killed, told to stop, fed what is not finite or cannot be read, end as the undisturbed run does."""
+"""Nothing is lost: runs that are killed, told to stop, fed what is not finite or cannot be read,
+end as the undisturbed run does.
+"""
 
 import random
 import signal
@@ -53,7 +55,9 @@ def resumed(inputs, name):
 
 
 def test_killed_and_resumed_is_bit_exact(inputs, straight_run):
-    """One rank killed after the checkpoint of update 20, and continued to 40, with updates of the decays on both sides."""
+    """One rank killed after the checkpoint of update 20, and continued to 40, with updates of the
+    decays on both sides.
+    """
     name = "killed"
     assert faulty(inputs, name, "kill@27@1", "--continue_from", "auto").returncode != 0
     assert not (inputs / name / FINAL).exists()
@@ -65,7 +69,9 @@ def test_killed_and_resumed_is_bit_exact(inputs, straight_run):
 
 
 def test_killed_at_random_instants(inputs, straight_run):
-    """Five times on the way, whatever it is doing; benchmarks/bench_kill.py does this a hundred times."""
+    """Five times on the way, whatever it is doing; benchmarks/bench_kill.py does this a hundred
+    times.
+    """
     rng = random.Random(0)
     arguments = exact(inputs, "random", "--continue_from", "auto", save_every=4)
     kills = 0
@@ -168,8 +174,8 @@ def test_too_many_updates_that_are_not_finite(inputs):
     done = faulty(inputs, "nans", "nan+@5@0", "--max_skipped_updates", 3)
     assert done.returncode != 0
     assert (
-        "error: the loss or a gradient was not finite in 3 updates in a row, up to update 7: lower --lr"
-        in done.stderr
+        "error: the loss or a gradient was not finite in 3 updates in a row, up to update 7: "
+        "lower --lr" in done.stderr
     )
     after = trace(inputs / "nans")
     assert max(after) == 7 and after[7]["weights"] == after[4]["weights"]

@@ -1,4 +1,4 @@
-"""torchrun_main.py --parallel fsdp as its users start it, beside the run that was never disturbed."""
+"""torchrun_main.py --parallel fsdp gives the results of DistributedDataParallel."""
 
 import json
 

@@ -1,6 +1,8 @@
-"""100 updates whose losses are written down: a change that should not move the loss proves that it does not.
+"""100 updates whose losses are written down: a change that should not move the loss proves that it
+does not.
 
-After a change that should: REWRITE_GOLDEN=1 bash scripts/test.sh -k golden, and say why in the commit.
+After a change that should: REWRITE_GOLDEN=1 bash scripts/test.sh -k golden, and say why in the
+commit.
 """
 
 import json

@@ -79,7 +79,9 @@ def test_it_trains_evaluates_saves_and_reports(reference_run):
 def test_a_finished_run_is_evaluated_on_other_text(
     reference_run, inputs, tmp_path, monkeypatch, capsys
 ):
-    """On its own validation documents it gives the run's own loss; what is known is not computed again."""
+    """On its own validation documents it gives the run's own loss; what is known is not computed
+    again.
+    """
     from peft_pretraining import evaluate_checkpoint
     from peft_pretraining.data.sources.registry import open_source
     from peft_pretraining.data.sources.split import split_documents
@@ -136,7 +138,9 @@ def test_ranks_are_bit_identical(straight_run):
 
 
 def test_one_process_sees_the_same_batches(inputs, straight_run):
-    """Without torchrun: the same global batches, so the same losses but for the order of float additions."""
+    """Without torchrun: the same global batches, so the same losses but for the order of float
+    additions.
+    """
     run(exact(inputs, "alone", batch_size=16), processes=1)
     assert_same_numbers(inputs / "alone", straight_run)
 
@@ -174,9 +178,12 @@ def test_an_existing_run_is_not_overwritten(inputs, reference_run):
         "--use_hf_model --use_modulewise_wd --dtype float32",
         "--use_modulewise_wd --esd_async --esd_lag 1 --esd_metric_for_tb alpha_farms",
         "--use_AWD_NeurIPS2023 --dtype bf16_mixed --optimizer adamw",
-        "--activation_checkpointing --scheduler cosine_restarts --cycle_length 2 --grad_clipping 1.0",
-        "--use_modulewise_wd --esd_metric_for_tb gradnorm --assign_func layerwise_sigmoid --scheduler linear",
-        "--method type_constant --type_multipliers up_proj=2 --optimizer adamw --cautious_decay --dtype float32",
+        "--activation_checkpointing --scheduler cosine_restarts --cycle_length 2 "
+        "--grad_clipping 1.0",
+        "--use_modulewise_wd --esd_metric_for_tb gradnorm --assign_func layerwise_sigmoid "
+        "--scheduler linear",
+        "--method type_constant --type_multipliers up_proj=2 --optimizer adamw "
+        "--cautious_decay --dtype float32",
         "--method adadecay --dtype bf16_mixed --name adadecay",
     ],
 )
@@ -216,7 +223,9 @@ def test_other_flags_run(inputs, flags, tmp_path):
     ],
 )
 def test_methods_resume_exactly(inputs, flags, tmp_path):
-    """From the middle the same weights and optimizer as without a stop, and run.json says what the name stands for."""
+    """From the middle the same weights and optimizer as without a stop, and run.json says what the
+    name stands for.
+    """
     base = exact(
         inputs,
         "unused",

@@ -105,7 +105,7 @@ def test_it_trains_evaluates_saves_and_reports(straight_vit):
 
 
 def test_the_schedule_of_eta_scales_all_decays_alike(straight_vit):
-    """weight_decay_end 1e-6 of 5e-6: the ratios are those that the analysis gave, at every update."""
+    """While eta falls to a fifth, decay / eta of each module stays as the analysis set it."""
     decays = [line["decays"] for line in trace(straight_vit).values()]
     ratios = [{name: decay / of["rest"] for name, decay in of.items()} for of in decays]
     assert decays[0]["rest"] == pytest.approx(5e-6, rel=0.01) and decays[-1][
@@ -141,7 +141,9 @@ def test_ranks_are_bit_identical(straight_vit):
 
 
 def test_one_process_sees_the_same_batches(inputs, straight_vit):
-    """The same micro-batches one after another, mixed and dropped alike: the same losses but for the order of float additions."""
+    """The same micro-batches one after another, mixed and dropped alike: the same losses but for
+    the order of float additions.
+    """
     run(
         vit(inputs, "vit-alone", update_freq=2, num_workers=0),
         script="main_vit.py",
@@ -209,7 +211,9 @@ def test_accuracy_is_the_same_for_any_ranks_and_batches(inputs, straight_vit):
 
 @pytest.mark.slow
 def test_an_image_that_cannot_be_read(inputs, tmp_path):
-    """It is named, and nothing is lost; with --skip_bad_images true the run goes on without it, and the accuracy is over the others."""
+    """It is named, and nothing is lost; with --skip_bad_images true the run goes on without it,
+    and the accuracy is over the others.
+    """
     shutil.copytree(inputs / "images", tmp_path / "images")
     bad = tmp_path / "images/val/red/05.png"
     bad.write_bytes(bad.read_bytes()[:300])
@@ -231,9 +235,12 @@ def test_an_image_that_cannot_be_read(inputs, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--model convnext_atto --optimizer adamw --use_modulewise_wd --use_amp true --clip_grad 1.0 --dist_eval false",
-        "--model test_resnet --use_AWD_NeurIPS2023 --mixup 0 --cutmix 0 --model_ema true --model_ema_force_cpu true --save_ckpt false",
-        "--model test_vit --aa none --reprob 0 --mixup_mode elem --use_modulewise_wd --esd_async --esd_lag 1 --disable_eval true",
+        "--model convnext_atto --optimizer adamw --use_modulewise_wd --use_amp true "
+        "--clip_grad 1.0 --dist_eval false",
+        "--model test_resnet --use_AWD_NeurIPS2023 --mixup 0 --cutmix 0 --model_ema true "
+        "--model_ema_force_cpu true --save_ckpt false",
+        "--model test_vit --aa none --reprob 0 --mixup_mode elem --use_modulewise_wd "
+        "--esd_async --esd_lag 1 --disable_eval true",
     ],
 )
 def test_other_models_and_flags_run(inputs, tmp_path, flags):

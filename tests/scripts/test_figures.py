@@ -16,7 +16,7 @@ from alphadecay import eigenvalues, fit_power_law
 from peft_pretraining.errors import UserError
 from peft_pretraining.records import reader as report
 from peft_pretraining.report import plots
-from scripts.paper import figures
+from scripts.paper import drawing, figures
 from tests.support.run_folders import (
     ETA,
     LLAMA_TYPES,
@@ -27,14 +27,23 @@ from tests.support.run_folders import (
 )
 
 ORDER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = ("use_modulewise_wd", "use_AWD_NeurIPS2023", "use_AdaDecay", "one_shot", "shuffle_decays", "type_constant", "iso_budget", "adamc",
-         "cautious_decay")  # fmt: skip
+FLAGS = (
+    "use_modulewise_wd",
+    "use_AWD_NeurIPS2023",
+    "use_AdaDecay",
+    "one_shot",
+    "shuffle_decays",
+    "type_constant",
+    "iso_budget",
+    "adamc",
+    "cautious_decay",
+)
 
 
 @pytest.fixture(autouse=True)
 def paper_style():
     """Figures drawn without the command look as the command draws them."""
-    with matplotlib.rc_context(figures.style()):
+    with matplotlib.rc_context(drawing.style()):
         yield
 
 
@@ -83,14 +92,21 @@ def add_checkpoint(run, weights, step=100):
     ):
         (folder / name).write_text("{}")
     files = [path for path in folder.rglob("*") if path.is_file()]
-    entry = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-             for path in files}  # fmt: skip
+    entry = {
+        str(path.relative_to(folder)): {
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in files
+    }
     (folder / "manifest.json").write_text(json.dumps(entry))
     return folder
 
 
 def llama_weights(blocks=3):
-    """Weights of a small LLaMA, each module's its own, with what is no matrix and what is in no block."""
+    """Weights of a small LLaMA, each module's its own, with what is no matrix and what is in no
+    block.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = {kind: (64, 64) if kind in LLAMA_TYPES[:4] else (96, 64) for kind in LLAMA_TYPES}
     weights = {
@@ -130,8 +146,13 @@ def test_command_draws_every_figure_and_prints_its_path(kind, tmp_path, monkeypa
         run_of(tmp_path / "0", "wd0", eta=0),
     ]
     add_checkpoint(runs[0], llama_weights())
-    names = ["alpha_by_type", f"decays_alphadecay-adam-{ETA:g}-5", f"decays_alphadecay-adam-{ETA:g}-6", f"esd_alphadecay-adam-{ETA:g}-5",
-             "perplexity_against_decay"]  # fmt: skip
+    names = [
+        "alpha_by_type",
+        f"decays_alphadecay-adam-{ETA:g}-5",
+        f"decays_alphadecay-adam-{ETA:g}-6",
+        f"esd_alphadecay-adam-{ETA:g}-5",
+        "perplexity_against_decay",
+    ]
     contents = []
     for folder in (tmp_path / "new" / "one", tmp_path / "two")[: 1 if kind == "png" else 2]:
         assert command(monkeypatch, *runs, "--output", folder, "--format", kind) == 0
@@ -149,7 +170,7 @@ def test_command_draws_every_figure_and_prints_its_path(kind, tmp_path, monkeypa
 def test_alphas_are_means_over_modules_then_seeds(tmp_path):
     settings = {"a": {}, "b": {"seed": 6}, "c": {"optimizer": "adamw"}, "u": {"method": "uniform"}}
     runs = read(*(run_of(tmp_path / name, **setting) for name, setting in settings.items()))
-    (axes,) = figures.alpha_by_type(figures.entries_of(runs)).axes
+    (axes,) = drawing.alpha_by_type(drawing.entries_of(runs)).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ORDER
     plain = []
     for seed in (5, 6):
@@ -176,7 +197,7 @@ def test_alphas_of_a_method_without_spectra_are_those_of_its_checkpoint(tmp_path
     folder = run_of(tmp_path / "u", "uniform")
     weights = llama_weights()
     add_checkpoint(folder, weights)
-    (axes,) = figures.alpha_by_type(figures.entries_of(read(folder))).axes
+    (axes,) = drawing.alpha_by_type(drawing.entries_of(read(folder))).axes
     plain = [
         np.mean(
             [
@@ -192,13 +213,13 @@ def test_alphas_of_a_method_without_spectra_are_those_of_its_checkpoint(tmp_path
 
 def test_etas_and_models_of_a_method_are_not_averaged(tmp_path):
     runs = read(run_of(tmp_path / "a"), run_of(tmp_path / "b", eta=1e-3))
-    (axes,) = figures.alpha_by_type(figures.entries_of(runs)).axes
+    (axes,) = drawing.alpha_by_type(drawing.entries_of(runs)).axes
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
         "alphadecay, η = 10⁻⁵",
         "alphadecay, η = 10⁻³",
     ]
     runs[1].info["arguments"] |= {"weight_decay": ETA, "model_config": "configs/llama_60m.json"}
-    assert [entry.method for entry in figures.entries_of(runs)] == [
+    assert [entry.method for entry in drawing.entries_of(runs)] == [
         "alphadecay llama_9m",
         "alphadecay llama_60m",
     ]
@@ -207,13 +228,13 @@ def test_etas_and_models_of_a_method_are_not_averaged(tmp_path):
 def test_method_in_words_where_flags_are_missing(tmp_path):
     (run,) = read(run_of(tmp_path / "a"))
     del run.info["arguments"]["method"], run.info["arguments"]["adamc"]
-    assert figures.entries_of([run])[0].method.startswith("decay by module (alpha")
+    assert drawing.entries_of([run])[0].method.startswith("decay by module (alpha")
 
 
 @pytest.mark.parametrize("blocks", [3, 24])
 def test_decays_of_every_module_are_inside_their_panel(blocks, tmp_path):
     (run,) = read(run_of(tmp_path / "a", blocks=blocks))
-    figure = figures.decays(run)
+    figure = drawing.decays(run)
     figure.canvas.draw()
     last = {
         line["module"]: line
@@ -246,7 +267,7 @@ def test_spectra_are_those_of_the_newest_checkpoint(tmp_path):
     (run,) = read(folder)
     run.info["arguments"]["xmin_pos"] = 3
     for number, block in ((None, 6), (10, 10), (0, 0)):  # by number, not by letters: 10 follows 9
-        figure = figures.esd(run, number)
+        figure = drawing.esd(run, number)
         for axes, kind in zip(figure.axes, ORDER, strict=False):
             owner = "self_attn" if kind in LLAMA_TYPES[:4] else "mlp"
             values = (
@@ -284,7 +305,7 @@ def test_spectra_of_other_models(tmp_path):
         for part in ("attn.proj", "attn.qkv", "mlp.proj")
     }
     add_checkpoint(folder, flat | {"blocks.1.conv.weight": torch.randn(60, 8, 3, 3)})
-    titles = [axes.get_title().split("\n") for axes in figures.esd(run, None).axes]
+    titles = [axes.get_title().split("\n") for axes in drawing.esd(run, None).axes]
     assert [name for name, _ in titles] == [
         "attn.proj",
         "attn.qkv",
@@ -293,22 +314,27 @@ def test_spectra_of_other_models(tmp_path):
     ]  # proj alone would name two
     assert [fit == "no tail to fit" for _, fit in titles] == [True, True, False, True]
     with pytest.raises(UserError, match="no spectra of .*: give --block a number from 0 to 1"):
-        figures.esd(run, 2)
+        drawing.esd(run, 2)
     (folder / "checkpoints" / "model_100" / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
-        figures.esd(run, None)
+    with pytest.raises(UserError, match="no checkpoint in .* is complete"):
+        drawing.esd(run, None)
 
 
 def test_results_against_eta(tmp_path):
-    settings = [("uniform", "adam", 1e-3, 5), ("uniform", "adam", 1e-5, 5), ("uniform", "adam", 1e-5, 6), ("wd0", "adam", 0, 5),
-                ("uniform", "adamw", 0.1, 5)]  # fmt: skip
+    settings = [
+        ("uniform", "adam", 1e-3, 5),
+        ("uniform", "adam", 1e-5, 5),
+        ("uniform", "adam", 1e-5, 6),
+        ("wd0", "adam", 0, 5),
+        ("uniform", "adamw", 0.1, 5),
+    ]
     folders = [
         run_of(tmp_path / str(i), *setting, loss=3 + i / 10) for i, setting in enumerate(settings)
     ]
-    entries = figures.entries_of(
+    entries = drawing.entries_of(
         read(*folders, run_of(tmp_path / "unfinished", "uniform", seed=7, loss=9, final=False))
     )
-    left, right = figures.against_decay(entries, "perplexity").axes
+    left, right = drawing.against_decay(entries, "perplexity").axes
     assert (left.get_title(), right.get_title(), left.get_xscale()) == ("adam", "adamw", "log")
     assert left.get_ylim() == right.get_ylim() and left.get_ylabel() == "validation perplexity"
     ((x, y, bars),) = points_of(left)
@@ -326,10 +352,10 @@ def test_results_against_eta(tmp_path):
 
 def test_vision_runs_show_top1(tmp_path):
     runs = read(run_of(tmp_path / "a", "uniform", top1=81.5, perplexity=None))
-    (axes,) = figures.against_decay(figures.entries_of(runs), "top1").axes
+    (axes,) = drawing.against_decay(drawing.entries_of(runs), "top1").axes
     assert points_of(axes)[0][1] == [81.5] and axes.get_ylabel() == "top-1 accuracy (%)"
     del runs[0].evaluations[0]["perplexity"]
-    assert [name for name in figures.planned(runs, None) if "against" in name] == [
+    assert [name for name in drawing.planned(runs, None) if "against" in name] == [
         "top1_against_decay"
     ]
 
@@ -346,7 +372,7 @@ def test_run_named_twice_is_one_run(tmp_path, monkeypatch, capsys):
 def test_names_that_no_file_can_have(tmp_path):
     runs = read(run_of(tmp_path / "a"), run_of(tmp_path / "b"))
     runs[0].label, runs[1].label = "a/b $x_1$", "a b/$x_1$"
-    names = [path.name for path in figures.draw(runs, tmp_path / "out", "svg")]
+    names = [path.name for path in drawing.draw(runs, tmp_path / "out", "svg")]
     assert names[1:3] == ["decays_a_b_x_1_.svg", "decays_a_b_x_1__.svg"]
 
 
@@ -384,15 +410,4 @@ def test_numbers_on_axes():
         2.5e6: "2.5·10⁶",
         0: "0",
     }
-    assert {value: figures.power_of_ten(value) for value in shown} == shown
-
-
-def test_imports_without_matplotlib():
-    check = "import sys, scripts.figures; print('matplotlib' in sys.modules)"
-    root = Path(figures.__file__).resolve().parents[2]
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", check], cwd=root, capture_output=True, text=True
-        ).stdout
-        == "False\n"
-    )
+    assert {value: drawing.power_of_ten(value) for value in shown} == shown

@@ -1,4 +1,6 @@
-"""scripts/multinode.sh and scripts/slurm.sbatch: what they start, that a died run goes on over nodes, what goes back into the queue."""
+"""scripts/multinode.sh and scripts/slurm.sbatch: what they start, that a died run goes on over
+nodes, what goes back into the queue.
+"""
 
 import os
 import shlex
@@ -113,7 +115,9 @@ def test_what_is_missing_is_refused_in_a_sentence(words, names):
 
 
 def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
-    """Whoever comes first, no rank takes a question or an answer of an earlier life, or what was written in it, for one of its own."""
+    """Whoever comes first, no rank takes a question or an answer of an earlier life, or what was
+    written in it, for one of its own.
+    """
     monkeypatch.setattr(rendezvous, "INIT_TIMEOUT", timedelta(seconds=20))
     store = dist.HashStore()
     with ThreadPoolExecutor() as threads:
@@ -130,7 +134,9 @@ def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
 
 
 def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
-    """Two torchruns of one process each; the second is killed in update 7, and both go on from the checkpoint of update 5."""
+    """Two torchruns of one process each; the second is killed in update 7, and both go on from the
+    checkpoint of update 5.
+    """
     write_config(tmp_path)
     write_text(tmp_path, documents=150)
     with socket.socket() as free:
@@ -197,12 +203,15 @@ def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
     ]  # 1 to 6, then 6 to 8
 
 
-# ------------------------------------------------------------------------------------------------------------------ Slurm
+# -------------------------------------------------------------------------------------------- Slurm
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Stand-ins for Slurm's commands that note their arguments; srun becomes what $STEP says. Returns a function that starts a job."""
+    """Stand-ins for Slurm's commands that note their arguments; srun becomes what $STEP says.
+
+    Returns a function that starts a job.
+    """
     for name, does in {
         "srun": 'eval "$STEP"',
         "scancel": 'kill -TERM "$(cat "$NOTES/step")"',
@@ -242,7 +251,10 @@ def slurm(tmp_path):
 
 
 # A run that saves when it is told to stop; torchrun then ends with an error.
-SAVES = 'trap "echo saved >> $NOTES/calls; exit 1" TERM; echo $$ > $NOTES/step; while :; do sleep 0.02; done'
+SAVES = (
+    'trap "echo saved >> $NOTES/calls; exit 1" TERM; echo $$ > $NOTES/step; while :; do sleep '
+    "0.02; done"
+)
 
 
 def calls(folder):
@@ -259,8 +271,8 @@ def test_a_run_that_ends_by_itself_is_not_requeued(slurm, tmp_path, code):
     ]
     launched = calls(tmp_path)[1]
     assert (
-        "scripts/multinode.sh --nodes 2 --rdzv_host node7 --port 24321 --gpus 8 --id 4321.0 -- --name x"
-        in launched
+        "scripts/multinode.sh --nodes 2 --rdzv_host node7 --port 24321 --gpus 8 --id 4321.0 -- "
+        "--name x" in launched
     )
 
 

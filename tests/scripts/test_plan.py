@@ -1,4 +1,6 @@
-"""scripts/plan.py: its numbers against ones worked out by hand, and against what the model and the analysis really do."""
+"""scripts/plan.py: its numbers against ones worked out by hand, and against what the model and the
+analysis really do.
+"""
 
 import argparse
 import json
@@ -71,7 +73,9 @@ def test_memory_of_130m(m130):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bf16_mixed", "float32"])
 def test_activations_are_what_autograd_keeps(dtype):
-    """Bytes of every tensor that a block saves for its backward pass; rotation, weights and one number a head or norm are not counted."""
+    """Bytes of every tensor that a block saves for its backward pass; rotation, weights and one
+    number a head or norm are not counted.
+    """
     config, tokens = load_config("configs/llama_9m.json"), 2 * 64
     block = Block(config).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     x = torch.randn(

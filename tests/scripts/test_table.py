@@ -249,7 +249,7 @@ def test_evaluations_on_other_text(tmp_path, capsys):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- the scripts
+# -------------------------------------------------------------------------------------- the scripts
 
 
 def commands_of(name):
@@ -262,7 +262,9 @@ def commands_of(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_table_script_names_its_cells(name):
-    """Each command is accepted, names a folder of its own, and belongs to the table; what was published has a command."""
+    """Each command is accepted, names a folder of its own, and belongs to the table; what was
+    published has a command.
+    """
     assert name in TABLES
     layout, found, folders = TABLES[name], set(), set()
     for words in commands_of(name):
@@ -283,7 +285,9 @@ def test_a_table_script_names_its_cells(name):
 
 
 def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
-    """`fit.sh` at a thousandth, killed, ended by SIGTERM, and started again: no finished cell is repeated, and the table is whole."""
+    """`fit.sh` at a thousandth, killed, ended by SIGTERM, and started again: no finished cell is
+    repeated, and the table is whole.
+    """
     words = [
         "bash",
         "scripts/tables/fit.sh",
@@ -358,7 +362,7 @@ def test_run_refuses_in_a_sentence(words, names):
     assert "error: " in done.stderr and done.stderr.count("\n") == 1 and names in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------------ the pool
+# ----------------------------------------------------------------------------------------- the pool
 
 
 def pool(lines, *words, **settings):
@@ -375,7 +379,10 @@ def pool(lines, *words, **settings):
 
 
 def test_the_pool_fills_its_slots_and_names_what_failed(tmp_path):
-    line = f"bash -c 'echo $CUDA_VISIBLE_DEVICES > {tmp_path}/{{}}; until test -e {tmp_path}/{{}}; do sleep 0.05; done; exit {{}}'"
+    line = (
+        f"bash -c 'echo $CUDA_VISIBLE_DEVICES > {tmp_path}/{{}}; until test -e {tmp_path}/{{}}; do "
+        f"sleep 0.05; done; exit {{}}'"
+    )
     done = pool(
         [line.format("a", "b", 0), line.format("b", "a", 3), line.format("c", "a", 0)],
         "--gpus",
@@ -402,7 +409,10 @@ def test_commands_on_one_cpu_share_its_cores(monkeypatch):
 
 
 def test_the_pool_passes_a_signal_on(tmp_path):
-    line = f"bash -c 'trap \"touch {tmp_path}/saved; exit 0\" TERM; touch {tmp_path}/begun; while true; do sleep 0.05; done'"
+    line = (
+        f'bash -c \'trap "touch {tmp_path}/saved; exit 0" TERM; touch {tmp_path}/begun; while '
+        "true; do sleep 0.05; done'"
+    )
     running = subprocess.Popen(
         [sys.executable, "scripts/pool.py"],
         cwd=ROOT,

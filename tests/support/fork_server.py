@@ -1,9 +1,12 @@
-"""Programs without their start-up: `python words ...` as the fork of a process that has imported torch, transformers and timm already.
+"""Programs without their start-up: `python words ...` as the fork of a process that has imported
+torch, transformers and timm already.
 
-torchrun and two ranks spend ten seconds of a core on imports before the first update, and the tests start them some eighty times. Here a
-server imports once and each program is a fork of it; torchrun's workers are forks of torchrun, which is otherwise the real one: agent,
-store, signals, restarts. What a new interpreter has and a fork has not is made good in `_become`. `cold=True` starts a real interpreter:
-for tests of how processes begin and end, and for the undisturbed runs that others are compared with, so that both kinds agree bit for bit.
+torchrun and two ranks spend ten seconds of a core on imports before the first update, and the tests
+start them some eighty times. Here a server imports once and each program is a fork of it;
+torchrun's workers are forks of torchrun, which is otherwise the real one: agent, store, signals,
+restarts. What a new interpreter has and a fork has not is made good in `_become`. `cold=True`
+starts a real interpreter: for tests of how processes begin and end, and for the undisturbed runs
+that others are compared with, so that both kinds agree bit for bit.
 """
 
 import atexit
@@ -29,14 +32,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # What the scripts import first, and what they import later on.
 IMPORTED = (
-    "torch.distributed.run", "torch._dynamo", "torchrun_main", "main_vit", "peft_pretraining.report.html",
-    "tokenizers.processors", "transformers.tokenization_utils_tokenizers", "transformers.models.llama.modeling_llama",
-    "torchvision.datasets", "timm.data", "wandb", "matplotlib.figure", "matplotlib.backends.backend_svg",
-)  # fmt: skip
+    "torch.distributed.run",
+    "torch._dynamo",
+    "torchrun_main",
+    "main_vit",
+    "peft_pretraining.report.html",
+    "tokenizers.processors",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.models.llama.modeling_llama",
+    "torchvision.datasets",
+    "timm.data",
+    "wandb",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+)
 LARGEST = 1 << 17  # bytes of a request; the kernel takes a little more at once
 
 
-# ------------------------------------------------------------------------------------------------------------- in the tests
+# ------------------------------------------------------------------------------------- in the tests
 
 
 def on_ranks(script, *arguments, processes=2, options=(), **settings):
@@ -58,7 +71,9 @@ def on_ranks(script, *arguments, processes=2, options=(), **settings):
 
 
 def start(words, cold=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings):
-    """`subprocess.Popen(words, stdout=..., stderr=..., cwd=..., env=...)` in a session of its own; the two are files."""
+    """`subprocess.Popen(words, stdout=..., stderr=..., cwd=..., env=...)` in a session of its own;
+    the two are files.
+    """
     words = list(map(str, words))
     if cold or words[0] != sys.executable or _gpu():
         return subprocess.Popen(
@@ -68,7 +83,9 @@ def start(words, cold=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNUL
 
 
 def run(words, cold=False, check=False, timeout=240, **settings):
-    """`subprocess.run(words, capture_output=True, text=True, ...)`; one that takes too long is killed with all that it has started."""
+    """`subprocess.run(words, capture_output=True, text=True, ...)`; one that takes too long is
+    killed with all that it has started.
+    """
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         running = start(words, cold, stdout, stderr, **settings)
         try:
@@ -161,13 +178,16 @@ def _server():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True,
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=ROOT,
+            start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        )
     return ours
 
 
-# ------------------------------------------------------------------------------------------------------------ in the server
+# ------------------------------------------------------------------------------------ in the server
 
 
 def serve(requests):
@@ -224,7 +244,8 @@ def _become(words, environment, folder, stdout=1, stderr=2):
     os.chdir(folder)
     sys.modules[
         "numpy"
-    ].random.seed()  # each program its own, as a new interpreter has; Python's `random` sees to itself
+        # Each program its own, as a new interpreter has; Python's `random` sees to itself
+    ].random.seed()
     if words[0] == "-u":
         words = words[1:]
     code = 0

@@ -1,7 +1,9 @@
-"""Each method over 20 updates beside a twin in NumPy loops: same gradients in, weights compared after every update.
+"""Each method over 20 updates beside a twin in NumPy loops: same gradients in, weights compared
+after every update.
 
-Runs in one process (test_methods.py) and on every rank under torchrun (distributed_methods.py), where each rank has a share of the
-batch and the twin all of it. Everything is float64, so that what differs is the method and not rounding.
+Runs in one process (test_methods.py) and on every rank under torchrun (distributed_methods.py),
+where each rank has a share of the batch and the twin all of it. Everything is float64, so that what
+differs is the method and not rounding.
 """
 
 import argparse
@@ -27,13 +29,29 @@ STEPS, EVERY, ETA, LR, PEAK = 20, 5, 0.1, 1e-2, 1.5e-2
 BETAS, EPS = (0.9, 0.999), 1e-8
 MULTIPLIERS = {"q_proj": 0.5, "down_proj": 2.0}
 BOTH = (
-    "wd0", "uniform", "awd", "adadecay", "adadecay-module", "alphadecay", "inverted", "shuffled", "one_shot", "quantile", "gradnorm",
-    "farms", "type_constant --type_multipliers q_proj=0.5,down_proj=2", "alphadecay --iso_budget", "shuffled --iso_budget",
-)  # fmt: skip
+    "wd0",
+    "uniform",
+    "awd",
+    "adadecay",
+    "adadecay-module",
+    "alphadecay",
+    "inverted",
+    "shuffled",
+    "one_shot",
+    "quantile",
+    "gradnorm",
+    "farms",
+    "type_constant --type_multipliers q_proj=0.5,down_proj=2",
+    "alphadecay --iso_budget",
+    "shuffled --iso_budget",
+)
 DECOUPLED = (
-    "uniform --adamc", "uniform --cautious_decay", "alphadecay --adamc --cautious_decay", "gradnorm --iso_budget --adamc",
+    "uniform --adamc",
+    "uniform --cautious_decay",
+    "alphadecay --adamc --cautious_decay",
+    "gradnorm --iso_budget --adamc",
     "awd --cautious_decay",
-)  # fmt: skip
+)
 CASES = [(method, optimizer) for method in BOTH for optimizer in ("adam", "adamw")] + [
     (method, "adamw") for method in DECOUPLED
 ]

@@ -1,4 +1,7 @@
-"""The method in its plainest form: full singular value decompositions, loops, float64 NumPy. Slow and obvious."""
+"""The method in its plainest form: full singular value decompositions, loops, float64 NumPy.
+
+Slow and obvious.
+"""
 
 import math
 
@@ -100,7 +103,9 @@ def decays(scores, eta, mapping, s1, s2, blocks):
 
 
 def balanced(model):
-    """Names and weights, in named_modules() order, without the first, the last and those of under 50 eigenvalues."""
+    """Names and weights, in named_modules() order, without the first, the last and those of under
+    50 eigenvalues.
+    """
     found = [
         (n, m.weight) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
     ]
@@ -108,7 +113,9 @@ def balanced(model):
 
 
 def window_eigenvalues(weight):
-    """Pooled eigenvalues of square windows of half the smaller side, at even distances along each side (FARMS)."""
+    """Pooled eigenvalues of square windows of half the smaller side, at even distances along each
+    side (FARMS).
+    """
     w = weight.detach().double().numpy()
     side = min(w.shape) // 2
     pooled = []

@@ -1,4 +1,6 @@
-"""The spectral engine beside the float64 singular value decomposition of tests/support/reference.py."""
+"""The spectral engine beside the float64 singular value decomposition of
+tests/support/reference.py.
+"""
 
 import json
 import math
@@ -70,7 +72,9 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("path", ["cpu", "device"])
 def test_alpha_agrees_with_svd(name, path):
-    """alpha within 1e-5, as AlphaDecay computes it on a CPU, and on the batched path of a GPU (run here on the CPU)."""
+    """alpha within 1e-5, as AlphaDecay computes it on a CPU, and on the batched path of a GPU (run
+    here on the CPU).
+    """
     weight = WEIGHTS[name]
     expected = reference.fit(reference.eigenvalues(weight))[0]
     if path == "cpu":
@@ -111,7 +115,9 @@ def test_undefined_alpha_is_flagged(name):
 
 
 def test_guards_are_needed():
-    """Without the redo in float64, and without the singular values, alpha is off: the tests above can fail."""
+    """Without the redo in float64, and without the singular values, alpha is off: the tests above
+    can fail.
+    """
     for name in ("outlier 1000", "condition 1e12"):
         matrix = WEIGHTS[name]
         values = torch.linalg.eigvalsh(gram(matrix, 1.0, torch.float32)).double().clamp_min(1e-300)
@@ -200,7 +206,9 @@ def test_a_hanging_task_holds_up_no_other():
 
 
 def test_the_number_of_threads_is_left_alone():
-    """Also when the analysis runs on a thread of its own: new threads take the number that was set last."""
+    """Also when the analysis runs on a thread of its own: new threads take the number that was set
+    last.
+    """
     before = torch.get_num_threads()
     caller = threading.Thread(target=run_tasks, args=([lambda: time.sleep(0.01)] * 3, 1, 10.0))
     caller.start()
@@ -261,7 +269,7 @@ def test_norms_of_wide_and_half_tensors():
         assert norms.gradient_norms(tensors) == pytest.approx(expected, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------- aspect-corrected alpha
+# --------------------------------------------------------------------------- aspect-corrected alpha
 
 
 def test_windows_cover_the_matrix():
@@ -291,7 +299,7 @@ def test_farms_alpha_does_not_depend_on_the_shape():
     assert farms[1] == pytest.approx(reference.fit(pooled.tolist())[0], rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- analyses beside the training
+# --------------------------------------------------------------------- analyses beside the training
 
 
 def training(lag, steps=12, resume_at=None):
@@ -338,7 +346,7 @@ def test_the_lag_is_below_every():
         AlphaDecay(nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))), 0.1, every=4, lag=4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
 
 def on_ranks(what, folder):

@@ -1,4 +1,8 @@
-"""The face of the data: the same rows in the same order however a run is cut into ranks, micro-batches, workers and restarts."""
+"""Data sets and loaders.
+
+A run reads the same sequences in the same order, however many ranks, micro-batches, workers and
+restarts it has.
+"""
 
 import contextlib
 import gzip
@@ -61,12 +65,15 @@ def plain_row(tokenizer, text):
 
 
 def plain_order(kind, data):
-    """The text at every position, by the definition and nothing shared with the code but the order, which has a twin in test_order.py."""
+    """Return the text at every position, computed from the definition.
+
+    Only the order of the documents comes from the code under test; test_shuffle.py tests it.
+    """
     import numpy as np
 
-    if (
-        kind == "stream"
-    ):  # three shards and global batches of 8: two lanes of 4 rows each, which have 20 and 10 documents
+    if kind == "stream":
+        # Three shards and global batches of 8 give two substreams of 4 sequences each, which hold
+        # 20 and 10 documents.
         shards = np.random.Generator(np.random.PCG64(1)).permutation(3)
         first, second = (
             [text for shard in shards[lane::2] for text in TEXTS[shard * 10 : shard * 10 + 10]] * 2
@@ -82,7 +89,7 @@ def plain_order(kind, data):
 
 
 def run(data, steps, batch_size, world_size, workers=0, position=None):
-    """The rows of so many steps from a position on, put together from all ranks, and the position after each step."""
+    """Return the sequences of `steps` updates, collected from all ranks, and their positions."""
     ranks = []
     for rank in range(world_size):
         cut = {
@@ -179,7 +186,10 @@ def test_max_passes_ends_rows_before_a_row_comes_once_more(folder):
             }
             batches = training_batches(data.train, seed=1, position=None, **cut)
             assert len(list(itertools.islice(batches, updates))) == updates
-            message = f"The training data ends after {updates} updates of 8 sequences; .* --num_training_steps, or leave --max_passes out"
+            message = (
+                f"The training data ends after {updates} updates of 8 sequences; .* "
+                "--num_training_steps, or leave --max_passes out"
+            )
             with pytest.raises(UserError, match=message):
                 next(batches)
 
@@ -383,7 +393,10 @@ def test_corpus_too_small_for_a_held_out_share(folder, tmp_path, inside, empty):
         if split.is_in_fraction(text, 0.01) == inside
     ]
     dataset = write(tmp_path / "a.jsonl", texts[:3])
-    message = f"a.jsonl is too small to hold out 1% of its documents: the {empty} set is empty; give `--validation_file FILE`"
+    message = (
+        f"a.jsonl is too small to hold out 1% of its documents: the {empty} set is empty; give "
+        "`--validation_file FILE`"
+    )
     with pytest.raises(UserError, match=message):
         load(
             tmp_path,
@@ -397,7 +410,10 @@ def test_corpus_too_small_for_a_held_out_share(folder, tmp_path, inside, empty):
 def test_nothing_left_to_train_on(folder):
     with pytest.raises(
         UserError,
-        match="Every training document .* is in the validation set too; give another `--validation_file`",
+        match=(
+            "Every training document .* is in the validation set too; give another "
+            "`--validation_file`"
+        ),
     ):
         load(
             folder,
@@ -419,7 +435,10 @@ def test_batch_sizes_that_do_not_divide(folder, total, batch_size, world_size):
     data = load(folder, "rows")
     with pytest.raises(
         UserError,
-        match=f"--total_batch_size {total} is not a multiple of --batch_size {batch_size} times {world_size}",
+        match=(
+            f"--total_batch_size {total} is not a multiple of --batch_size {batch_size} times "
+            f"{world_size}"
+        ),
     ):
         cut = {
             "total_batch_size": total,

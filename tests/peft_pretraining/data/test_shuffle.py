@@ -1,4 +1,6 @@
-"""The order of the rows: a permutation for each epoch, like a random one, the same as plain integer arithmetic, never changed."""
+"""The order of the rows: a permutation for each epoch, like a random one, the same as plain
+integer arithmetic, never changed.
+"""
 
 import hashlib
 
@@ -62,7 +64,7 @@ def test_any_part_is_a_part_of_the_whole():
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 16, 20, 100])
 def test_places_are_those_of_random_permutations(n):
-    """How often each row comes at each place, over many epochs, and how far neighbours lie apart."""
+    """Over many epochs, a sequence comes equally often at each place, far from its neighbours."""
     epochs = 20_000 if n < 20 else 4000
     order = ShuffledIndices(3, n).indices(0, n * epochs).reshape(epochs, n)
     counts = np.stack([np.bincount(order[:, place], minlength=n) for place in range(n)])
@@ -82,7 +84,9 @@ def test_all_permutations_are_as_frequent(n, permutations):
 
 
 def test_large_epochs_are_spread_evenly():
-    """The first 20,000 of 2**40 rows: as many in each 1,000th of them, and no trend from one to the next."""
+    """The first 20,000 of 2**40 rows: as many in each 1,000th of them, and no trend from one to
+    the next.
+    """
     rows = ShuffledIndices(2, 2**40).indices(0, 20_000)
     counts = np.bincount(rows * 1000 // 2**40, minlength=1000)
     assert abs(((counts - 20) ** 2 / 20).sum() - 999) < 5 * np.sqrt(2 * 999)

@@ -1,4 +1,6 @@
-"""Streams in lanes: the same rows as a plain loop over everything, for any ranks, processes and restarts, whatever the network does."""
+"""Streams in lanes: the same rows as a plain loop over everything, for any ranks, processes and
+restarts, whatever the network does.
+"""
 
 import dataclasses
 import gzip
@@ -43,7 +45,11 @@ class Letters:
 
 @dataclasses.dataclass
 class Lists:
-    """Shards held in memory. `opened` notes what is opened; `failures` are raised before a document, each once: (shard, document)."""
+    """Shards held in memory.
+
+    `opened` notes what is opened; `failures` are raised before a document, each once: (shard,
+    document).
+    """
 
     texts: list[list[str]]
     failures: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -72,7 +78,8 @@ def texts(sizes):
     ]
 
 
-# Eight lanes that end at different times; of those with two shards, one's first and one's second shard is empty.
+# Eight lanes that end at different times; of those with two shards, one's first and one's second
+# shard is empty.
 FEW = texts([7, 30, 9, 0, 12, 8, 2, 25, 5, 11, 0, 3])
 
 
@@ -86,7 +93,9 @@ def plain_row(text):
 
 
 def plain_rows(documents, lanes, packing, steps, total=TOTAL):
-    """All rows in order, by the definition: read everything, cut, and take B/V of each lane for each batch."""
+    """All rows in order, by the definition: read everything, cut, and take B/V of each lane for
+    each batch.
+    """
     every = []
     for lane in range(lanes):
         lane_texts = plain_lane(documents, lane, lanes)
@@ -113,7 +122,9 @@ def in_turn(lanes, steps, total):
 def run(
     rows, steps, world_size=1, batch_size=None, workers=0, position=None, total=TOTAL, **changes
 ):
-    """The rows of so many steps, put together from all ranks, and the merged position after each step as a file would keep it."""
+    """The rows of so many steps, put together from all ranks, and the merged position after each
+    step as a file would keep it.
+    """
     ranks = []
     for rank in range(world_size):
         cut = {
@@ -328,7 +339,10 @@ def test_max_passes_ends_a_stream_where_a_lane_ends(packing):
             assert len(list(itertools.islice(batches, updates - start))) == updates - start
             with pytest.raises(
                 UserError,
-                match=f"The training data ends after {updates} updates of 4 sequences; .*--max_passes out",
+                match=(
+                    f"The training data ends after {updates} updates of 4 sequences; "
+                    ".*--max_passes out"
+                ),
             ):
                 next(batches)
 
@@ -338,7 +352,10 @@ def test_positions_that_do_not_fit():
     _, positions = run(rows, 1)
     with pytest.raises(
         UserError,
-        match="was read in 8 substreams, --total_batch_size 4 makes 4; give the --total_batch_size it was",
+        match=(
+            "was read in 8 substreams, --total_batch_size 4 makes 4; give the --total_batch_size "
+            "it was"
+        ),
     ):
         run(rows, 1, position=positions[0], total=4)
     with pytest.raises(UserError, match="not one of a stream; .* without --stream"):
@@ -350,7 +367,10 @@ def test_a_lane_without_documents():
         rows = StreamedSequences(Lists(texts(sizes)), Letters(), LENGTH)
         with pytest.raises(
             UserError,
-            match="Substream . of . of the training stream, which has . of its . shards, contains no document; .*--stream out",
+            match=(
+                "Substream . of . of the training stream, which has . of its . shards, contains no "
+                "document; .*--stream out"
+            ),
         ):
             run(rows, 2, total=6)
     empty_at_the_end = StreamedSequences(
@@ -362,7 +382,7 @@ def test_a_lane_without_documents():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 @pytest.fixture
@@ -393,7 +413,10 @@ def test_a_network_that_stays_away(pauses, log):
     assert next(reading) == "a"
     with pytest.raises(
         UserError,
-        match=r"did not give document 1 of shard 0 of the data in 10 minutes of trying \(the line is down\)",
+        match=(
+            r"did not give document 1 of shard 0 of the data in 10 minutes of trying \(the line is "
+            r"down\)"
+        ),
     ):
         next(reading)
     assert pauses == [1, 2, 4, 8, 16, 32, *[60] * 9] and len(log) == 15
@@ -477,13 +500,16 @@ def test_a_killed_worker_is_the_users_one_sentence(tmp_path):
         time.sleep(0.01)
     with pytest.raises(
         UserError,
-        match=r"^A process that reads the training stream was killed .*; give fewer --workers[^\n]*\.$",
+        match=(
+            r"^A process that reads the training stream was killed .*; give fewer "
+            r"--workers[^\n]*\.$"
+        ),
     ):
         next(batches)
     assert signal.getsignal(signal.SIGCHLD) == handler
 
 
-# ---------------------------------------------------------------------------------------------------------------- local files
+# -------------------------------------------------------------------------------------- local files
 
 DOCUMENTS = [
     f"document {i}: " + "naïve 東京 " * (i * 7 % 11) + "x" * (i % 5 * 40) for i in range(120)

@@ -1,4 +1,6 @@
-"""Tokenizers: exact vocabulary, special tokens as plain text, rows as Hugging Face would cut and fill them."""
+"""Tokenizers: exact vocabulary, special tokens as plain text, rows as Hugging Face would cut and
+fill them.
+"""
 
 import gzip
 import json
@@ -143,7 +145,10 @@ def test_id_beyond_the_models_vocabulary_is_refused_where_it_occurs(tmp_path):
     small = wrap_tokenizer(bpe(tmp_path).hf, "mine", 300)
     common = [text for text in "abcdefgh" if max(documents_of(small, [text])[0]) < 300]
     assert common  # ids beyond the vocabulary that do not occur do no harm
-    message = r"Tokenizer mine gives the id \d+ but the model's vocab_size is 300; type `--tokenizer bpe`.* 500 or more"
+    message = (
+        r"Tokenizer mine gives the id \d+ but the model's vocab_size is 300; type `--tokenizer "
+        r"bpe`.* 500 or more"
+    )
     with pytest.raises(UserError, match=message):
         small.encode(corpus())
     with pytest.raises(UserError, match="gives the id 1 but"):
@@ -178,7 +183,9 @@ def test_t5_reads_special_tokens_as_text(tmp_path):
 
 
 def test_a_pickled_tokenizer_reads_no_special_token_in_the_text_either(tmp_path):
-    """As a process gets it that encodes a stream: the library's own pickling forgets that it shall not."""
+    """As a process gets it that encodes a stream: the library's own pickling forgets that it shall
+    not.
+    """
     tokenizer = bpe(tmp_path)
     expected = documents_of(tokenizer, LITERALS)
     assert all(tokenizer.eos_id not in ids[:-1] for ids in expected)

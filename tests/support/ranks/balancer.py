@@ -1,4 +1,6 @@
-"""Started under torchrun with a folder as its argument: train a little, write there what each rank ends with."""
+"""Started under torchrun with a folder as its argument: train a little, write there what each rank
+ends with.
+"""
 
 import hashlib
 import json

@@ -1,5 +1,7 @@
-"""Started by test_fsdp.py under torchrun on 4 ranks, with a folder: a small LLaMA cut over pairs of ranks (two copies of it) beside the
-same one under DistributedDataParallel. Each rank writes what it saw into the folder."""
+"""Started by test_fsdp.py under torchrun on 4 ranks, with a folder: a small LLaMA cut over pairs
+of ranks (two copies of it) beside the same one under DistributedDataParallel. Each rank writes
+what it saw into the folder.
+"""
 
 import argparse
 import contextlib
@@ -77,7 +79,9 @@ class Run:
         )
 
     def update(self, number: int, scale: float = 1.0) -> list[float]:
-        """One update of two micro-batches of random tokens with pads; returns numbers that are alike for every way to be parallel."""
+        """One update of two micro-batches of random tokens with pads; returns numbers that are
+        alike for every way to be parallel.
+        """
         generator = torch.Generator().manual_seed(10 * number + self.ranks.rank)
         batches = [torch.randint(100, (2, LENGTH), generator=generator) for _ in range(2)]
         labels = [
@@ -110,7 +114,8 @@ class Run:
         return {name: full_tensor(p.detach()).clone() for name, p in self.model.named_parameters()}
 
 
-# The linear map multiplies the rounding of the alphas by the width of its range over that of the alphas, which here is narrow as well.
+# The linear map multiplies the rounding of the alphas by the width of its range over that of the
+# alphas, which here is narrow as well.
 NARROW = "--use_modulewise_wd --wd_min_ratio 1 --wd_max_ratio 1.5"
 SETTINGS = {
     "gradnorm": {
@@ -128,7 +133,7 @@ SETTINGS = {
 
 
 def methods(config, ranks: DistributedContext) -> dict:
-    """Numbers of 4 updates of each setting, and the greatest difference between its last weights."""
+    """Return the numbers of 4 updates of each setting, and the greatest difference of weights."""
     results = {}
     for name, setting in SETTINGS.items():
         runs = [Run(config, parallel, ranks=ranks, **setting) for parallel in ("ddp", "fsdp")]
@@ -166,7 +171,9 @@ def interchange(config, folder: Path, ranks: DistributedContext) -> dict:
 
 
 def evaluation(config, ranks: DistributedContext) -> dict:
-    """Five rows one at a time: rank 0 has two of them, the others one; then one row: three ranks have none."""
+    """Five rows one at a time: rank 0 has two of them, the others one; then one row: three ranks
+    have none.
+    """
     results = {}
     for rows in (5, 1):
         ids = np.random.default_rng(0).integers(100, size=rows * LENGTH)

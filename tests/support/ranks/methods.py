@@ -1,4 +1,6 @@
-"""Started under torchrun with a folder as its argument: every case of method_twins.py on this rank; writes there how far off each is."""
+"""Started under torchrun with a folder as its argument: every case of method_twins.py on this
+rank; writes there how far off each is.
+"""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""Started by test_engine.py under torchrun: a model under fully_shard beside the same model whole, and faults on one rank.
+"""Started by test_engine.py under torchrun: a model under fully_shard beside the same model whole,
+and faults on one rank.
 
 Arguments: which of them, and the folder that each rank writes its result to.
 """
@@ -40,7 +41,7 @@ def train(model: nn.Module, metric: str, **more) -> alphadecay.AlphaDecay:
 
 
 def sharded() -> dict:
-    """History of a whole and of a sharded model, for a statistic of weights and one of gradients."""
+    """Return the history of a whole and of a sharded model, for alpha and for gradnorm."""
     results = {}
     for metric in ("alpha", "gradnorm"):
         whole = train(model_of(), metric)

@@ -1,4 +1,6 @@
-"""Documents: every format reads back equal, every broken input is one sentence, and the two splits share nothing."""
+"""Documents: every format reads back equal, every broken input is one sentence, and the two splits
+share nothing.
+"""
 
 import gzip
 import json
@@ -144,8 +146,8 @@ def test_bad_record_names_file_and_line(tmp_path, line):
     path = write(tmp_path / "a.jsonl.gz", json_lines(TEXTS) + line + "\n")
     message = error_of(lambda: list(files.read_file(path)))
     assert (
-        f"{path}, line 4: {'not valid JSON' if line == '{broken' else 'no string in a field `text`'}"
-        in message
+        f"{path}, line 4: "
+        f"{'not valid JSON' if line == '{broken' else 'no string in a field `text`'}" in message
     )
 
 
@@ -183,7 +185,8 @@ def test_hash_split_is_disjoint_complete_and_stable(tmp_path):
     train, held_out = list(split.train), list(split.validation)
     assert not set(train) & set(held_out) and sorted(train + held_out) == sorted(texts)
     assert 0.07 < len(held_out) / len(texts) < 0.13
-    # Written down once: other numbers would move documents between the sets of a run that is continued.
+    # Written down once: other numbers would move documents between the sets of a run that is
+    # continued.
     assert [i for i in range(60) if splitting.is_in_fraction(f"document {i}", 0.1)] == [
         2,
         10,

@@ -1,4 +1,6 @@
-"""Prepared data: rows equal to a plain loop, bytes the same however they came about, and damage that is always seen."""
+"""Prepared data: rows equal to a plain loop, bytes the same however they came about, and damage
+that is always seen.
+"""
 
 import contextlib
 import json
@@ -40,7 +42,8 @@ def text(i):
     return " ".join(rng.choice(WORDS) for _ in range(rng.choice([1, 3, 20, 60]))) + f" {i}"
 
 
-# An empty document now and then, which is dropped, and one that spells special tokens, which are plain text.
+# An empty document now and then, which is dropped, and one that spells special tokens, which are
+# plain text.
 TRAIN = [text(i) if i % 11 else "" for i in range(399)] + ["</s> <pad>"]
 HELD_OUT = [text(1000 + i) for i in range(40)]
 
@@ -80,7 +83,7 @@ def shard_names(folder, split="train"):
     return [record["name"] for record in open_prepared(folder).index["splits"][split]]
 
 
-# ----------------------------------------------------------------------------------------------------------- the plain twins
+# ---------------------------------------------------------------------------------- the plain twins
 
 
 def plain_shards(tokenizer, texts, shard_tokens=SHARD_TOKENS, max_tokens=None):
@@ -128,7 +131,7 @@ def rows_of(rows, indices=None):
     return list(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True))
 
 
-# -------------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -191,12 +194,15 @@ def test_tokenizer_of_the_folder(whole, tokenizer):
     )
     with pytest.raises(
         UserError,
-        match="prepared for a vocab_size of 300, the model's is 299; give a model config with 300 or more",
+        match=(
+            "prepared for a vocab_size of 300, the model's is 299; give a model config with 300 or "
+            "more"
+        ),
     ):
         open_prepared(whole).tokenizer(299)
 
 
-# -------------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def test_any_number_of_processes_makes_the_same_bytes(whole, tokenizer, tmp_path, monkeypatch):
@@ -260,7 +266,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 source, tokenizer, folder, moments = pickle.load(open(sys.argv[1], "rb"))
 replace = os.replace
 def stop(when, moment):
-    '''Dies around the renaming of the file number `moment`: before it, with half of the file written, or after it.'''
+    '''Kills this process when file number `moment` is renamed: before, during or after it.'''
     names = []
     def replace_or_die(temporary, path):
         names.append(path)
@@ -416,7 +422,7 @@ class Spy:
             yield document
 
 
-# ------------------------------------------------------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------------------- messages
 
 
 def flip(path):
@@ -542,7 +548,7 @@ def test_format_of_another_version(whole, tmp_path, monkeypatch):
         open_prepared(whole)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- fuzz
+# --------------------------------------------------------------------------------------------- fuzz
 
 
 def garbage(rng, path):
@@ -601,7 +607,9 @@ def garbage(rng, path):
 
 
 def damaged_copies(whole, folder, seed, cases, files):
-    """Yields (file, what was there) of a copy of a finished folder with one file damaged, and puts the copy right again."""
+    """Yields (file, what was there) of a copy of a finished folder with one file damaged, and puts
+    the copy right again.
+    """
     shutil.copytree(whole, folder)
     rng = random.Random(seed)
     names = [name for name in contents(folder) if files(name) and (folder / name).stat().st_size]
@@ -615,7 +623,9 @@ def damaged_copies(whole, folder, seed, cases, files):
 
 @pytest.mark.slow
 def test_fuzz_of_reading(whole, tokenizer, tmp_path):
-    """Each of 1,000 damaged folders ends in a sentence that names the file, or in exactly the right rows."""
+    """Each of 1,000 damaged folders ends in a sentence that names the file, or in exactly the
+    right rows.
+    """
     expected = {}
     for packing in (False, True):
         for split, texts in (("train", TRAIN), ("validation", HELD_OUT)):
@@ -655,7 +665,9 @@ def test_fuzz_of_the_stored_tokenizer(whole, tokenizer, tmp_path):
 
 @pytest.mark.slow
 def test_fuzz_of_preparing_again(whole, tokenizer, tmp_path):
-    """Called again on a damaged folder, the preparation makes it whole or says which file stands in its way."""
+    """Called again on a damaged folder, the preparation makes it whole or says which file stands
+    in its way.
+    """
     expected, refusals = contents(whole), 0
     for path in damaged_copies(whole, tmp_path / "data", 2, 150, lambda name: True):
         try:
@@ -668,7 +680,7 @@ def test_fuzz_of_preparing_again(whole, tokenizer, tmp_path):
     assert 0 < refusals < 30
 
 
-# ------------------------------------------------------------------------------------------------ the command and load_data
+# ------------------------------------------------------------------------ the command and load_data
 
 
 @pytest.fixture
@@ -769,7 +781,8 @@ def test_tokenizers_given_beside_a_prepared_folder(files, monkeypatch):
     with refused("prepared for a vocab_size of 300, the model's is 299"):
         load(files / "out", None, vocab_size=299)
     with refused(
-        r"The training set of .*corpus.jsonl has [\d,]+ tokens: too few for --packing; give a --max_length up to that"
+        r"The training set of .*corpus.jsonl has [\d,]+ tokens: too few for --packing; give a "
+        r"--max_length up to that"
     ):
         load(files / "out", None, packing=True, max_length=10**6)
 
@@ -782,7 +795,8 @@ def test_damaged_or_unfinished_cache(files):
     assert rows_of(load(files / "corpus.jsonl", **arguments).train) == expected
     (cached / "train-00000.crc").write_bytes(b"")
     with refused(
-        f"train-00000.crc is damaged .it has 0 bytes instead of [0-9]+.: delete {cached} and start again.$"
+        f"train-00000.crc is damaged .it has 0 bytes instead of [0-9]+.: delete {cached} and "
+        "start again.$"
     ):
         load(files / "corpus.jsonl", **arguments)
     shutil.rmtree(cached)
