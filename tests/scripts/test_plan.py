@@ -1,6 +1,4 @@
-"""scripts/plan.py: its numbers against ones worked out by hand, and against what the model and the
-analysis really do.
-"""
+"""The estimates of scripts/cluster/plan.py, compared with calculations by hand and real models."""
 
 import argparse
 import json
@@ -12,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_pretraining.model.modeling_llama import Block, load_config, rotary_cos_sin  # noqa: E402
-from scripts.cluster import plan as planner
+from peft_pretraining.errors import UserError
+from peft_pretraining.model.config import load_config
+from peft_pretraining.model.modeling_llama import Block, rotary_cos_sin
+from scripts.cluster import cost_model, hardware
+from scripts.cluster import plan as command
 
 LAYERS, D, F, V = 12, 768, 2048, 32000  # llama_130m
 BLOCK = 4 * D * D + 3 * D * F + 2 * D
@@ -22,59 +23,61 @@ N = 2 * V * D + LAYERS * BLOCK + D
 
 @pytest.fixture(scope="module")
 def m130():
-    return planner.read_model("configs/llama_130m.json")
+    return cost_model.read_model("configs/llama_130m.json")
 
 
 @pytest.fixture(scope="module")
 def m7b():
-    return planner.read_model("configs/llama_7b.json")
-
-
-def settings(**changes):
-    defaults = {
-        "total_batch_size": 512,
-        "max_length": 256,
-        "every": 500,
-        "mfu": 0.4,
-        "network": None,
-        "gpu": "H100",
-        "dtype": "bf16_mixed",
-    }
-    return argparse.Namespace(**defaults | changes)
+    return cost_model.read_model("configs/llama_7b.json")
 
 
 def cluster(gpus, kind="H100"):
-    return planner.Cluster(planner.GPUS[kind], gpus, planner.GPUS[kind].network)
+    return cost_model.Cluster(hardware.GPUS[kind], gpus, hardware.GPUS[kind].network)
+
+
+def plan(model, parallel, gpus, kind="H100", **changes):
+    defaults = {
+        "total_batch_size": 512,
+        "length": 256,
+        "analysis_interval": 500,
+        "mfu": 0.4,
+        "dtype": "bf16_mixed",
+    }
+    training = cost_model.Training(**defaults | changes)
+    return cost_model.make_plan(model, parallel, cluster(gpus, kind), training)
 
 
 def test_counts_of_130m(m130):
     assert m130.parameters == N == 134_105_856
-    assert (m130.block, m130.root) == (BLOCK, 2 * V * D + D)
-    assert m130.matrices == V * D + LAYERS * (4 * D * D + 3 * D * F)
+    assert (m130.block_parameters, m130.parameters_outside_blocks) == (BLOCK, 2 * V * D + D)
+    assert m130.matrix_parameters == V * D + LAYERS * (4 * D * D + 3 * D * F)
     assert len(m130.modules) == 12 * 7 - 1  # all Linears but the first q_proj and the head
 
 
 def test_memory_of_130m(m130):
-    ddp = planner.memory_of(m130, "ddp", 8, 4, 256, "bf16_mixed")
+    ddp = cost_model.estimate_memory(m130, "ddp", 8, 4, 256, "bf16_mixed")
     assert (
-        ddp.weights == 4 * N + 2 * m130.matrices
+        ddp.weights == 4 * N + 2 * m130.matrix_parameters
         and ddp.gradients == 2 * 4 * N
         and ddp.moments == 8 * N
     )
     assert ddp.activations == 4 * 256 * 12 * (16 * D + 2 * (5 * D + 4 * D + 4 * F))
     assert ddp.logits == 4 * 256 * V * (2 + 4)
-    fsdp = planner.memory_of(m130, "fsdp", 8, 4, 256, "bf16_mixed")
+    fsdp = cost_model.estimate_memory(m130, "fsdp", 8, 4, 256, "bf16_mixed")
     whole = 2 * (2 * BLOCK + 2 * V * D + D)
     assert fsdp.weights == fsdp.gradients == 4 * N / 8 + whole and fsdp.moments == 8 * N / 8
-    assert planner.memory_of(m130, "hsdp", 64, 4, 256, "bf16_mixed").moments == fsdp.moments
-    alone = planner.memory_of(m130, "ddp", 1, 4, 256, "bfloat16")
+    assert (
+        cost_model.estimate_memory(m130, "hsdp", 64, 4, 256, "bf16_mixed").moments == fsdp.moments
+    )
+    alone = cost_model.estimate_memory(m130, "ddp", 1, 4, 256, "bfloat16")
     assert (alone.weights, alone.gradients, alone.moments) == (2 * N, 2 * N, 4 * N)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bf16_mixed", "float32"])
 def test_activations_are_what_autograd_keeps(dtype):
-    """Bytes of every tensor that a block saves for its backward pass; rotation, weights and one
-    number a head or norm are not counted.
+    """The formula gives the bytes of the tensors that a block saves for its backward pass.
+
+    The rotary embedding, the weights, and single numbers of a head or norm are not counted.
     """
     config, tokens = load_config("configs/llama_9m.json"), 2 * 64
     block = Block(config).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
@@ -104,126 +107,130 @@ def test_activations_are_what_autograd_keeps(dtype):
         * (dtype == "bf16_mixed")
     )
     total = sum(size for address, (size, _) in kept.items() if address not in weights)
-    assert total - copies == tokens * planner.activation_bytes(config, dtype)
+    assert total - copies == tokens * cost_model.activation_bytes(config, dtype)
 
 
 def test_wire_of_130m(m130):
-    step, seconds = planner.step_traffic(m130, "ddp", cluster(8), 2, "bf16_mixed")
+    step, seconds = cost_model.step_traffic(m130, "ddp", cluster(8), 2, "bf16_mixed")
     assert step == 2 * 7 / 8 * 4 * N  # 939 MB, whatever the micro-batches
     assert seconds == pytest.approx(
         step / (0.8 * 450e9) + math.ceil(4 * N / (25 * 2**20)) * 2 * 3 * 5e-6
     )
-    step, _ = planner.step_traffic(m130, "fsdp", cluster(8), 2, "bf16_mixed")
+    step, _ = cost_model.step_traffic(m130, "fsdp", cluster(8), 2, "bf16_mixed")
     assert step == 2 * 7 / 8 * N * (2 + 2 + 4)
-    step, _ = planner.step_traffic(m130, "hsdp", cluster(64), 1, "bf16_mixed")
+    step, _ = cost_model.step_traffic(m130, "hsdp", cluster(64), 1, "bf16_mixed")
     assert step == 7 / 8 * N * 8 + 2 * 7 / 8 * 4 * N / 8
-    analysis, _ = planner.analysis_traffic(m130, "ddp", cluster(8), "bf16_mixed")
+    analysis, _ = cost_model.analysis_traffic(m130, "ddp", cluster(8), "bf16_mixed")
     assert analysis == 2 * 7 / 8 * 83 * 11 * 8  # 12.8 kB
-    analysis, _ = planner.analysis_traffic(m130, "fsdp", cluster(8), "bf16_mixed")
+    analysis, _ = cost_model.analysis_traffic(m130, "fsdp", cluster(8), "bf16_mixed")
     matrices = 12 * (4 * D * D + 3 * D * F) - D * D
     assert analysis == pytest.approx(2 * 7 / 8 * 83 * 12 * 8 + 7 / 8 * matrices * 4 / 8)
 
 
 def test_nothing_is_sent_on_one_gpu(m130):
     for parallel in ("ddp", "fsdp"):
-        assert planner.step_traffic(m130, parallel, cluster(1), 4, "bf16_mixed") == (0, 0)
-        assert planner.analysis_traffic(m130, parallel, cluster(1), "bf16_mixed") == (0, 0)
+        assert cost_model.step_traffic(m130, parallel, cluster(1), 4, "bf16_mixed") == (0, 0)
+        assert cost_model.analysis_traffic(m130, parallel, cluster(1), "bf16_mixed") == (0, 0)
 
 
 def test_the_plan_of_130m_on_8_gpus(m130):
-    found = planner.plan(m130, "ddp", 8, settings())
+    found = plan(m130, "ddp", 8)
     assert (found.micro_batch, found.micro_batches) == (64, 1)
-    flops = 64 * 256 * (6 * m130.matrices + 12 * LAYERS * D * 256)
+    flops = 64 * 256 * (6 * m130.matrix_parameters + 12 * LAYERS * D * 256)
     assert found.arithmetic == pytest.approx(flops / (989e12 * 0.4))
     assert found.exposed == 0 < found.communication
-    wider = planner.plan(m130, "ddp", 64, settings())
+    wider = plan(m130, "ddp", 64)
     assert (
         wider.exposed == pytest.approx(wider.communication - 0.8 * 2 / 3 * wider.arithmetic)
         and wider.exposed > 0
     )
-    assert planner.exposed("ddp", 10.0, 3.0, micro_batches=2) == pytest.approx(
+    assert cost_model.exposed_communication("ddp", 10.0, 3.0, micro_batches=2) == pytest.approx(
         10 - 0.8 * 3 * 2 / 3 / 2
     )
-    assert planner.exposed("fsdp", 10.0, 3.0, micro_batches=2) == pytest.approx(10 - 0.8 * 3)
-    assert found.update == found.arithmetic + found.exposed + found.analysis / 500
-    assert planner.plan(m130, "ddp", 8, settings(mfu=0.2)).arithmetic == pytest.approx(
-        2 * found.arithmetic
+    assert cost_model.exposed_communication("fsdp", 10.0, 3.0, micro_batches=2) == pytest.approx(
+        10 - 0.8 * 3
     )
+    assert found.update == found.arithmetic + found.exposed + found.analysis / 500
+    assert plan(m130, "ddp", 8, mfu=0.2).arithmetic == pytest.approx(2 * found.arithmetic)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_the_micro_batch_is_the_largest_that_fits(m130, m7b, parallel):
     for model, gpus in ((m130, 1), (m7b, 8)):
-        found = planner.plan(model, parallel, gpus, settings())
+        found = plan(model, parallel, gpus)
         usable = 75e9
         if found.problem:
-            assert planner.memory_of(model, parallel, gpus, 1, 256, "bf16_mixed").peak > usable
+            assert (
+                cost_model.estimate_memory(model, parallel, gpus, 1, 256, "bf16_mixed").peak
+                > usable
+            )
             continue
         rows = 512 // gpus
         assert found.micro_batch * found.micro_batches == rows and found.memory.peak <= usable
         if found.micro_batch < rows:
             assert (
-                planner.memory_of(
+                cost_model.estimate_memory(
                     model, parallel, gpus, 2 * found.micro_batch, 256, "bf16_mixed"
                 ).peak
                 > usable
             )
 
 
-def test_rows_that_no_power_of_two_divides(m130):
-    found = planner.plan(m130, "ddp", 8, settings(total_batch_size=8 * 12))
+def test_micro_batches_divide_any_number_of_sequences(m130):
+    found = plan(m130, "ddp", 8, total_batch_size=8 * 12)
     assert (found.micro_batch, found.micro_batches) == (4, 3)
 
 
 @pytest.mark.parametrize("gpus", [7, 1024])
-def test_rows_that_do_not_divide_over_the_gpus_are_named(m130, gpus):
-    found = planner.plan(m130, "ddp", gpus, settings())
-    assert f"512 rows do not divide over {gpus} GPUs" in found.problem and math.isnan(found.update)
+def test_sequences_that_cannot_be_divided_among_the_gpus_are_a_problem(m130, gpus):
+    found = plan(m130, "ddp", gpus)
+    assert (
+        f"512 sequences cannot be divided evenly among {gpus} GPUs" in found.problem
+        and math.isnan(found.update)
+    )
 
 
-def test_what_is_advised(m130, m7b):
+def test_the_fastest_feasible_plan(m130, m7b):
     def advice(model, gpus, **changes):
-        return planner.advised(
-            [
-                planner.plan(model, way, gpus, settings(**changes))
-                for way in planner.ways("auto", gpus)
-            ]
+        return command.fastest_feasible(
+            [plan(model, way, gpus, **changes) for way in command.parallel_strategies("auto", gpus)]
         )
 
     assert advice(m130, 64).parallel == "ddp"
     assert advice(m7b, 8).parallel == "fsdp"
     assert (
-        "one row" in advice(m7b, 1).problem
-        and "one row" in planner.plan(m7b, "ddp", 8, settings()).problem
+        "one sequence" in advice(m7b, 1).problem and "one sequence" in plan(m7b, "ddp", 8).problem
     )
-    assert planner.plan(m7b, "ddp", 8, settings(gpu="H200")).problem is not None  # 150 of 132 GB
-    assert planner.plan(m7b, "ddp", 8, settings(gpu="H200", dtype="bfloat16")).problem is None
+    assert plan(m7b, "ddp", 8, kind="H200").problem is not None  # 150 of 132 GB
+    assert plan(m7b, "ddp", 8, kind="H200", dtype="bfloat16").problem is None
 
 
 def test_more_gpus_share_the_work(m130, m7b):
     for model in (m130, m7b):
         analyses = [
-            max(sum(m.cost for m in mine) for mine in planner.by_rank(model, gpus))
+            max(sum(m.cost for m in mine) for mine in cost_model.modules_by_rank(model, gpus))
             for gpus in (1, 2, 8, 64, 512)
         ]
         assert analyses == sorted(analyses, reverse=True) and analyses[0] > 6 * analyses[2]
-        assert sum(len(mine) for mine in planner.by_rank(model, 512)) == len(model.modules)
+        assert sum(len(mine) for mine in cost_model.modules_by_rank(model, 512)) == len(
+            model.modules
+        )
         states = [
-            planner.memory_of(model, "fsdp", gpus, 1, 256, "bf16_mixed").moments
+            cost_model.estimate_memory(model, "fsdp", gpus, 1, 256, "bf16_mixed").moments
             for gpus in (1, 8, 64)
         ]
         assert states[0] == 8 * states[1] == 64 * states[2]
-        arithmetic = [planner.plan(model, "fsdp", gpus, settings()).arithmetic for gpus in (8, 64)]
+        arithmetic = [plan(model, "fsdp", gpus).arithmetic for gpus in (8, 64)]
         assert arithmetic[0] > arithmetic[1]
 
 
 def test_a_ring_through_nodes_is_no_faster_than_their_network():
     assert (
-        cluster(8).ring == 0.8 * 450e9
-        and cluster(16).ring == 0.8 * 400e9
-        and cluster(16).single == 0.8 * 50e9
+        cluster(8).ring_bandwidth == 0.8 * 450e9
+        and cluster(16).ring_bandwidth == 0.8 * 400e9
+        and cluster(16).gather_bandwidth == 0.8 * 50e9
     )
-    assert planner.Cluster(planner.GPUS["H100"], 16, 25.0).ring == 0.8 * 25e9
+    assert cost_model.Cluster(hardware.GPUS["H100"], 16, 25.0).ring_bandwidth == 0.8 * 25e9
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -239,16 +246,16 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         str(output),
     ]
     monkeypatch.setattr(sys, "argv", ["plan.py", *words])
-    planner.main()
+    command.main()
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| 130m")]
-    assert len(rows) == 3 and all(row.count("|") == len(planner.HEADINGS) + 1 for row in rows)
+    assert len(rows) == 3 and all(row.count("|") == len(command.HEADINGS) + 1 for row in rows)
     assert (
         "| 64 x 1 |" in rows[1]
         and "939 MB | 12.8 kB" in rows[1]
-        and "512 rows do not divide over 7" in rows[2]
+        and "512 sequences cannot be divided evenly among 7" in rows[2]
     )
-    assert all(f"{name} = " in printed for name in planner.ASSUMPTIONS)
+    assert all(f"{name} = " in printed for name in hardware.ASSUMPTIONS)
     saved = json.loads(output.read_text())["plans"]
     assert [(p["gpus"], p["parallel"], p["advised"]) for p in saved[:3]] == [
         (1, "ddp", True),
@@ -259,9 +266,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_the_documentation_shows_what_is_printed(monkeypatch, capsys):
     text = Path("docs/many_gpus.md").read_text()
-    command = re.search(r"python scripts/cluster/(plan\.py .*?)```", text, re.S)[1]
-    monkeypatch.setattr(sys, "argv", command.replace("\\\n", " ").split())
-    planner.main()
+    words = re.search(r"python scripts/cluster/(plan\.py .*?)```", text, re.S)[1]
+    monkeypatch.setattr(sys, "argv", words.replace("\\\n", " ").split())
+    command.main()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == 10 and "\n".join(printed) in text
 
@@ -273,5 +280,5 @@ def test_wrong_flags_are_refused_in_a_sentence(monkeypatch):
         (["--total_batch_size", "0"], "--total_batch_size"),
     ):
         monkeypatch.setattr(sys, "argv", ["plan.py", *words])
-        with pytest.raises(planner.UserError, match=names):
-            planner.parse_arguments()
+        with pytest.raises(UserError, match=names):
+            command.parse_arguments()
