@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import alphadecay  # noqa: E402
 from alphadecay.modules import balanced_modules, spectral_modules  # noqa: E402
 from alphadecay.norms import gradient_norms  # noqa: E402
-from alphadecay.spectral.engine import SpectralEngine
+from alphadecay.spectral.engine import SpectralEngine  # noqa: E402
 from peft_pretraining.model.modeling_llama import build_model, load_config  # noqa: E402
 from tests.support import reference  # noqa: E402  the plain twin of the tests
 

@@ -35,7 +35,7 @@ from peft_pretraining.optim.gradients import clip_gradients  # noqa: E402
 from peft_pretraining.optim.nonfinite import NonFiniteGuard  # noqa: E402
 from peft_pretraining.optim.optimizer import scaled_decays  # noqa: E402
 from peft_pretraining.parallel.process_group import DistributedContext  # noqa: E402
-from peft_pretraining.vision.batchnorm import BatchNormSync
+from peft_pretraining.vision.batchnorm import BatchNormSync  # noqa: E402
 from peft_pretraining.vision.datasets import load_images  # noqa: E402
 from peft_pretraining.vision.models import build_model  # noqa: E402
 from peft_pretraining.vision.transforms import patch_posterize  # noqa: E402

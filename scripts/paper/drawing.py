@@ -119,7 +119,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def usual(kinds: Iterable[str]) -> list[str]:
-    """Return the distinct types, first those of a transformer's projections in their usual order."""
+    """Return the distinct types: first those of a transformer's projections, in usual order."""
     return sorted(
         dict.fromkeys(kinds),
         key=lambda kind: (*USUAL_ORDER, "qkv", "proj", "fc1", "fc2", kind).index(kind),

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib
 import numpy as np

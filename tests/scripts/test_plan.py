@@ -1,6 +1,5 @@
 """The estimates of scripts/cluster/plan.py, compared with calculations by hand and real models."""
 
-import argparse
 import json
 import math
 import re
