@@ -134,6 +134,7 @@ def points_of(axes):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", figures.FORMATS)
 @pytest.mark.filterwarnings("error")
 def test_command_draws_every_figure_and_prints_its_path(kind, tmp_path, monkeypatch, capsys):

@@ -133,6 +133,7 @@ def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
             assert [part.get("address") for part in parts] == [str(life).encode()] * 3
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
     """Two torchruns of one process each; the second is killed in update 7, and both go on from the
     checkpoint of update 5.

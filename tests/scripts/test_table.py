@@ -18,8 +18,9 @@ from alphadecay.cli.presets import parse_arguments
 from peft_pretraining.cli.llama import complete, llama_parser
 from peft_pretraining.cli.vit import vit_parser
 from peft_pretraining.errors import UserError
-from scripts.paper import table
+from scripts.paper import cells, table
 from scripts.paper.published import TABLES
+from scripts.paper.results import Result, settings_of, to_frame
 from scripts.pool import Pool
 from tests.support import fork_server
 
@@ -262,28 +263,32 @@ def commands_of(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_table_script_names_its_cells(name):
-    """Each command is accepted, names a folder of its own, and belongs to the table; what was
-    published has a command.
+    """A table's script prints commands that are accepted and belong to its table.
+
+    Each command has a folder of its own, and every published cell has a command.
     """
-    assert name in TABLES
-    layout, found, folders = TABLES[name], set(), set()
+    layout, results, folders = TABLES[name], [], set()
     for words in commands_of(name):
         assert words[:2] == ["torchrun", "--standalone"]
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        parser = vit_parser() if words[script] == "main_vit.py" else llama_parser()
+        is_vit = words[script] == "main_vit.py"
+        parser = vit_parser() if is_vit else llama_parser()
         add_flags(parser)
         args = parse_arguments(parser, words[script + 1 :])
-        args = (
-            args if words[script] == "main_vit.py" else complete(args, int(words[2].split("=")[1]))
-        )
-        result = table.Result("", table.settings_of(vars(args)), {"eval_loss": 1.0})
-        assert table.chosen([result], layout.where, layout.free), words
-        found.add(result.label(layout.rows + layout.columns))
-        folders.add(args.output_dir if words[script] == "main_vit.py" else args.save_dir)
-    cells = table.repeat_baseline_in_every_column(dict.fromkeys(found, table.Cell()), layout)
-    assert len(folders) == len(commands_of(name)) and set(layout.published) <= set(cells)
+        if not is_vit:
+            args = complete(args, int(words[2].split("=")[1]))
+        results.append(Result("", settings_of(vars(args)), {"eval_loss": 1.0}))
+        folders.add(args.output_dir if is_vit else args.save_dir)
+    assert len(folders) == len(results)
+    runs = cells.filter_runs(to_frame(results), layout.where, layout.may_vary)
+    assert len(runs) == len(results)
+    by_cell = cells.finished_runs_by_cell(runs, layout)
+    by_cell = cells.repeat_baseline_in_every_column(by_cell, layout)
+    found = set(by_cell[cells.label_names(layout)].itertuples(index=False, name=None))
+    assert set(layout.published) <= found
 
 
+@pytest.mark.slow
 def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
     """`fit.sh` at a thousandth, killed, ended by SIGTERM, and started again: no finished cell is
     repeated, and the table is whole.
