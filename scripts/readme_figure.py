@@ -12,13 +12,34 @@ import io
 import sys
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from peft_pretraining.cli.common import Parser  # noqa: E402
-from peft_pretraining.cli.main import run_script  # noqa: E402
+from peft_pretraining.cli.main import parse_or_exit, run_script  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = Parser(prog="scripts/readme_figure.py", description="Draw the picture of the README.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run with a module-wise method")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs/images"),
+        metavar="FOLDER",
+        help="where the two files go (default docs/images)",
+    )
+    return parser.parse_args()
+
+
+# The command line is parsed before the imports below, which take seconds: --help is answered at
+# once.
+if __name__ == "__main__":
+    ARGUMENTS = parse_or_exit(parse_arguments)
+
+import numpy as np  # noqa: E402
+
 from peft_pretraining.errors import UserError  # noqa: E402
 from peft_pretraining.records.reader import Modules, Run, read_run  # noqa: E402
 from peft_pretraining.report.plots import (  # noqa: E402
@@ -102,14 +123,8 @@ def draw_picture(run: Run, ink: str) -> bytes:
     return buffer.getvalue()
 
 
-def main() -> None:
-    parser = Parser(prog="readme_figure.py", description="Draw the picture of the README.")
-    parser.add_argument("run", metavar="RUN", help="folder of a run with a module-wise method")
-    parser.add_argument(
-        "--output", type=Path, default=Path("docs/images"), metavar="FOLDER",
-        help="where the two files go (default docs/images)",
-    )  # fmt: skip
-    args: argparse.Namespace = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
+    """Draw the picture for both themes and print the paths of the files."""
     run = read_run(args.run)
     if run.modules is None or not np.isfinite(run.modules.alpha).any() or not run.eta > 0:
         raise UserError(
@@ -123,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_script(lambda: main(ARGUMENTS)))
