@@ -138,4 +138,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: main(ARGUMENTS)))
+    sys.exit(run_script(main, ARGUMENTS))
