@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from peft_pretraining.errors import UserError
 from tests.docs.pages import ROOT
 
-MULTINODE, SLURM = "scripts/multinode.sh", "scripts/slurm.sbatch"
+MULTINODE, SLURM = "scripts/cluster/multinode.sh", "scripts/cluster/slurm.sbatch"
 GPUS_OF_A_NODE = 8  # where the command does not say
 SBATCH_OPTIONS = {"--nodes", "--gpus-per-node", "--time"}
 WITH_DRY_RUN = re.compile(r"scripts/(run|tables/\w+)\.sh")

@@ -1,5 +1,7 @@
-"""scripts/multinode.sh and scripts/slurm.sbatch: what they start, that a died run goes on over
-nodes, what goes back into the queue.
+"""scripts/cluster/multinode.sh and slurm.sbatch.
+
+Tested: the commands that they start, a run that dies on one node and continues, and what is
+requeued.
 """
 
 import os
@@ -29,7 +31,7 @@ from tests.end_to_end.common import (
 )
 from tests.support import fork_server
 
-MULTINODE, SLURM = "scripts/multinode.sh", "scripts/slurm.sbatch"
+MULTINODE, SLURM = "scripts/cluster/multinode.sh", "scripts/cluster/slurm.sbatch"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # torchrun beside this python
 
 
@@ -45,7 +47,7 @@ def bash(*words, **environment):
 
 
 def clean(changes):
-    """The environment of a user who has set nothing that the launchers read."""
+    """Return the environment of a user who has set no variable that the launchers read."""
     ours = ("NODES", "RDZV_HOST", "GPUS_PER_NODE", "SHUTDOWN_SECONDS")
     kept = {k: v for k, v in surroundings().items() if k not in ours and not k.startswith("SLURM_")}
     return kept | {"PATH": PATH} | changes
@@ -106,7 +108,7 @@ def test_multinode_leaves_continue_from_alone():
         ([SLURM, "--name", "x"], "sbatch"),
     ],
 )
-def test_what_is_missing_is_refused_in_a_sentence(words, names):
+def test_missing_arguments_are_refused_in_a_sentence(words, names):
     done = bash(*words)
     assert done.returncode == 2 and done.stdout == ""
     assert (
@@ -114,10 +116,8 @@ def test_what_is_missing_is_refused_in_a_sentence(words, names):
     )
 
 
-def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
-    """Whoever comes first, no rank takes a question or an answer of an earlier life, or what was
-    written in it, for one of its own.
-    """
+def test_restarted_processes_ignore_what_an_earlier_start_left_behind(monkeypatch):
+    """A restarted rank does not take questions and answers of an earlier start for new ones."""
     monkeypatch.setattr(rendezvous, "INIT_TIMEOUT", timedelta(seconds=20))
     store = dist.HashStore()
     with ThreadPoolExecutor() as threads:
@@ -134,9 +134,10 @@ def test_restarted_processes_meet_whatever_the_dead_left_behind(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
-    """Two torchruns of one process each; the second is killed in update 7, and both go on from the
-    checkpoint of update 5.
+def test_a_run_that_dies_on_one_of_two_nodes_continues(tmp_path):
+    """Two torchruns with one process each: the second process is killed in update 7.
+
+    Both continue from the checkpoint of update 5.
     """
     write_config(tmp_path)
     write_text(tmp_path, documents=150)
@@ -209,9 +210,9 @@ def test_a_run_that_dies_on_one_of_two_nodes_goes_on(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Stand-ins for Slurm's commands that note their arguments; srun becomes what $STEP says.
+    """Replace Slurm's commands by scripts that write down their arguments.
 
-    Returns a function that starts a job.
+    srun runs the shell command in $STEP. Returns a function that starts a job.
     """
     for name, does in {
         "srun": 'eval "$STEP"',
@@ -272,8 +273,8 @@ def test_a_run_that_ends_by_itself_is_not_requeued(slurm, tmp_path, code):
     ]
     launched = calls(tmp_path)[1]
     assert (
-        "scripts/multinode.sh --nodes 2 --rdzv_host node7 --port 24321 --gpus 8 --id 4321.0 -- "
-        "--name x" in launched
+        "scripts/cluster/multinode.sh --nodes 2 --rdzv_host node7 --port 24321 --gpus 8 "
+        "--id 4321.0 -- --name x" in launched
     )
 
 
@@ -285,7 +286,7 @@ def test_a_preempted_run_saves_and_is_requeued(slurm, tmp_path):
     assert calls(tmp_path)[2:] == ["scancel --signal=TERM 4321", "saved", "scontrol requeue 4321"]
 
 
-def test_a_cancelled_run_saves_and_stays_away(slurm, tmp_path):
+def test_a_cancelled_run_saves_and_is_not_requeued(slurm, tmp_path):
     """scancel sends SIGTERM to the steps, and on some clusters to the job's shell."""
     job = slurm(SAVES)
     wait_for(tmp_path / "step")
@@ -295,6 +296,23 @@ def test_a_cancelled_run_saves_and_stays_away(slurm, tmp_path):
     os.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)
     assert job.wait(timeout=60) == 1
     assert calls(tmp_path)[2:] == ["saved"]
+
+
+def test_old_paths_still_work():
+    for old, new in (
+        ("multinode.sh", "cluster/multinode.sh"),
+        ("slurm.sbatch", "cluster/slurm.sbatch"),
+    ):
+        words = ["--dry_run", "--name", "x"]
+        if old == "multinode.sh":
+            words = ["--nodes", "2", "--rdzv_host", "a", "--dry_run", "--", "--name", "x"]
+        outputs = {
+            subprocess.run(
+                ["bash", f"scripts/{path}", *words], cwd=ROOT, capture_output=True, check=True
+            ).stdout
+            for path in (old, new)
+        }
+        assert len(outputs) == 1 and outputs != {b""}
 
 
 def test_slurm_asks_for_the_signal_that_it_waits_for():
