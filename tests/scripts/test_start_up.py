@@ -12,6 +12,7 @@ COMMANDS = [
     "scripts/paper/table.py",
     "scripts/paper/figures.py",
     "scripts/cluster/plan.py",
+    "scripts/import_graph.py",
     "scripts/readme_figure.py",
     "scripts/quickstart.py",
     "scripts/pool.py",
