@@ -433,3 +433,17 @@ def test_ranks_agree_with_one_process(tmp_path, processes):
     assert results[0]["history"] == expected["history"]
     flagged = next(r for r in expected["history"] if r["module"] == "2")
     assert flagged["weight_decay"] == 0.1 and "median eigenvalue is zero" in flagged["reason"]
+
+
+def test_loaded_decays_are_written_in_the_next_step():
+    """Also if that step has no analysis, and the optimizer was built with other decays."""
+    trained = AlphaDecay(small_model(), 0.1, every=2)
+    train(trained.model, trained, torch.optim.SGD(trained.param_groups(), lr=1e-2), 2)
+    decay = AlphaDecay(small_model(seed=1), 0.1, every=2)
+    optimizer = torch.optim.SGD(decay.param_groups(), lr=1e-2)
+    decay.step(optimizer)  # update 1: the groups are up to date
+    state = trained.state_dict() | {"updates": 2}
+    decay.load_state_dict(state)
+    assert not decay.step(optimizer)  # update 3
+    written = {g["weight_decay"] for g in optimizer.param_groups}
+    assert written >= set(state["weight_decays"].values())

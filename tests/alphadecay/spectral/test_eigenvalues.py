@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from alphadecay import eigenvalues, fit_power_law
+from alphadecay.spectral.eigenvalues import FLOAT32_RANGE, FLOAT64_RANGE, is_precise_enough
 from tests.support import reference
 from tests.support.spectra import spectrum_matrix
 
@@ -75,3 +76,16 @@ def test_zero_matrix():
 def test_bad_weights(weight, message):
     with pytest.raises(ValueError, match=message):
         eigenvalues(weight)
+
+
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, FLOAT32_RANGE), (torch.float64, FLOAT64_RANGE)]
+)
+def test_the_guard_looks_at_the_threshold_of_the_papers_convention(dtype, limit):
+    """Of 8 eigenvalues that is the fourth, the largest one below the upper half."""
+    precise = torch.tensor([0, 0, 0, 1, 1, 1, 1, limit], dtype=torch.float64)
+    imprecise = torch.tensor([0, 0, 0, 0.9, 1, 1, 1, limit], dtype=torch.float64)
+    assert is_precise_enough(torch.stack([precise, imprecise]), 0.5, dtype).tolist() == [
+        True,
+        False,
+    ]

@@ -13,7 +13,14 @@ import torch.nn as nn
 
 from alphadecay import AlphaDecay, fit_power_law, norms
 from alphadecay.spectral import engine
-from alphadecay.spectral.eigenvalues import eigenvalues, exact_products, gram, square_windows
+from alphadecay.spectral.eigenvalues import (
+    GRAM_DTYPES,
+    eigenvalues,
+    exact_eigenvalues,
+    exact_products,
+    gram,
+    square_windows,
+)
 from alphadecay.spectral.engine import SpectralEngine
 from alphadecay.spectral.statistics import FAILURES
 from alphadecay.spectral.thread_pool import run_tasks
@@ -387,3 +394,44 @@ def test_ranks_that_disagree_are_told(tmp_path):
         results[0] == results[1]
         and "the ranks do not agree on what to analyse: rank 0 has" in results[0]
     )
+
+
+@pytest.mark.parametrize(
+    "precision, dtypes",
+    [("ieee", GRAM_DTYPES), ("tf32", GRAM_DTYPES[1:]), ("bf16", GRAM_DTYPES[1:])],
+)
+def test_a_background_analysis_computes_no_rounded_products(monkeypatch, precision, dtypes):
+    """Training may round float32 products meanwhile, so the analysis uses float64 products."""
+    used = []
+
+    def recorded(weight, ignored_fraction, dtypes, windows):
+        used.append(dtypes)
+        return exact_eigenvalues(weight, ignored_fraction, dtypes, windows)
+
+    monkeypatch.setattr(engine, "exact_eigenvalues", recorded)
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
+    try:
+        SpectralEngine().rows([gaussian(60, 50)], [1.0], "alpha", background=True)
+        assert setting.fp32_precision == precision
+    finally:
+        setting.fp32_precision = before
+    assert used == [dtypes]
+
+
+def test_few_large_weights_are_solved_at_once(monkeypatch):
+    """The copies and the solver's matrices together stay within the budget."""
+    weights = [gaussian(200, 100, seed) for seed in range(8)]
+    # In float32 a weight takes two Gram matrices, and no copy because it has this dtype already.
+    monkeypatch.setattr(engine, "CPU_BUDGET", 3 * 2 * 4 * 100**2)
+    threads = []
+
+    def recorded(tasks, count, timeout):
+        threads.append(count)
+        return run_tasks(tasks, count, timeout)
+
+    monkeypatch.setattr(engine, "run_tasks", recorded)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    SpectralEngine().rows(weights, [1.0] * 8, "alpha")
+    assert threads == [3]

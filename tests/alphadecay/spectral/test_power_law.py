@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from alphadecay import FIT_METHODS, UndefinedPowerLaw, fit_power_law
+from alphadecay.spectral import power_law
 from tests.support import reference
 
 
@@ -156,3 +157,31 @@ def test_bad_arguments():
         fit_power_law(torch.rand(60), "hill")
     with pytest.raises(ValueError, match="xmin_pos is 1"):
         fit_power_law(torch.rand(60), xmin_pos=1)
+
+
+def test_a_bound_that_is_rounded_up_rules_out_no_winner(monkeypatch):
+    """A bound may exceed the D of its tail by rounding, which must not end the search early."""
+    calls = []
+
+    def equally_good(logs, ranks, thresholds, rates, sizes):
+        calls.append(len(sizes))  # the first call computes the bounds, the others D
+        return torch.full_like(sizes, 0.25 + (power_law.ROUNDING / 2 if len(calls) == 1 else 0))
+
+    monkeypatch.setattr(power_law, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(power_law, "_distances", equally_good)
+    assert fit_power_law(sample(30, 2.5, 0), "goodness-of-fit").tail == 30
+    assert len(calls) == 1 + 29  # every tail was fitted, because each may be the best
+
+
+def test_fix_finger_takes_no_threshold_above_its_window():
+    """The body of the spectrum has its peak near 1, and the tail above 20 is an exact power law."""
+    generator = torch.Generator().manual_seed(0)
+    body = torch.randn(400, generator=generator, dtype=torch.float64).mul(0.5).exp()
+    values = torch.cat([body, 20 * sample(200, 2.5, 1)]).sort().values
+    logs = values.log10()
+    counts = torch.histc(logs, bins=100)
+    width = (logs[-1] - logs[0]) / 100
+    peak = float(10 ** (logs[0] + counts.argmax() * width))
+    assert fit_power_law(values, "goodness-of-fit").xmin > 2 * peak
+    assert 0.95 * peak <= fit_power_law(values, "fix-finger").xmin <= 1.5 * peak
+    assert fit_power_law(values, "fix-finger-reference").xmin <= 1.5 * peak
