@@ -48,7 +48,13 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+FAST = "vit_tiny"  # the plain twin takes seconds for the other models
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in MODELS],
+)
 def case(request):
     """A model with gradients, and the plain twin's names, statistics and eigenvalues."""
     torch.manual_seed(2)

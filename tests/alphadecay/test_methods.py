@@ -32,6 +32,7 @@ def test_each_method_is_its_twin(method, optimizer):
     assert greatest_deviation(method, optimizer) < 1e-9
 
 
+@pytest.mark.slow
 def test_each_method_is_its_twin_on_two_ranks(tmp_path):
     fork_server.on_ranks("tests/support/ranks/methods.py", tmp_path)
     for rank in (0, 1):

@@ -362,6 +362,7 @@ def on_ranks(what, folder):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)], done.stderr
 
 
+@pytest.mark.slow
 def test_sharded_weights_give_the_same_decays(tmp_path):
     results, _ = on_ranks("sharded", tmp_path)
     assert results[0] == results[1]
@@ -373,6 +374,7 @@ def test_sharded_weights_give_the_same_decays(tmp_path):
             assert sharded["score"] == pytest.approx(whole["score"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, reason",
     [("raise", "solver failed"), ("nan", "solver failed"), ("hang", "did not end in time")],
@@ -388,6 +390,7 @@ def test_a_fault_on_one_rank_keeps_that_decay_everywhere(tmp_path, kind, reason)
     assert log.count("3 keeps its weight decay") == 1
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_are_told(tmp_path):
     results, _ = on_ranks("disagree", tmp_path)
     assert (
