@@ -107,8 +107,13 @@ def test_an_interrupted_step_waits_for_its_command_and_counts_its_seconds(tmp_pa
     words = [*HELPER, "step", tmp_path, tmp_path / "none.json", "wd0", "train", tmp_path / "p"]
     process = subprocess.Popen(
         [*map(str, words), sys.executable, "-c", code],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell starts background jobs with SIGINT ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 30
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
