@@ -1,5 +1,4 @@
-"""Seconds for which a checkpoint keeps the training loop waiting, beside plain alternatives, in
-one run on this machine.
+r"""Measure for how many seconds a checkpoint keeps the training loop waiting.
 
     python benchmarks/bench_checkpoint.py [--models 9m 60m] [--rounds 5] [--rows 2] \
         [--output FILE.json]

@@ -1,5 +1,4 @@
-"""Tokens a second of preparing and of reading data, beside plain alternatives, in one run on this
-machine.
+r"""Measure how fast data are prepared and read, in tokens per second.
 
     python benchmarks/bench_data.py [--megabytes 20] [--rounds 3] \
         [--output benchmarks/results/data_cpu.json]
@@ -120,9 +119,7 @@ def bench_preparing(corpus: Path, tokenizer, scratch: Path, rounds: int) -> dict
 
 
 def bench_reading(folder: Path, rounds: int) -> dict:
-    """Tokens a second of random batches (pads not counted), and milliseconds to the batch of a
-    random step.
-    """
+    """Return tokens per second of random batches, and the milliseconds to a random position."""
     import numpy as np
 
     from peft_pretraining.data.shuffle import ShuffledIndices

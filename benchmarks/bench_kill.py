@@ -1,5 +1,4 @@
-"""Runs of two ranks that are killed (SIGKILL) at a random instant and continued with
-`--continue_from auto`, beside one that never was.
+"""Kill runs of two ranks at random moments, continue them, and compare with an undisturbed run.
 
     python benchmarks/bench_kill.py [--trials 100]
 

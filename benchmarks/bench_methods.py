@@ -1,5 +1,4 @@
-"""Time of a training step with each method beside one with uniform decay, and AdaDecay's peak
-memory.
+"""Measure the time of a training step with each method, and AdaDecay's peak memory.
 
     python benchmarks/bench_methods.py [--model_config configs/llama_9m.json] [--rounds 20]
 

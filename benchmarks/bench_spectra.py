@@ -130,10 +130,7 @@ def as_a_rank(size: str) -> None:
 
 
 def bench_async(size: str, device: str) -> dict:
-    """A few training steps with a synchronous and an asynchronous analysis: how long `decay.step`
-    keeps the loop waiting, and how much longer the steps are while the analysis runs beside
-    them.
-    """
+    """Measure how long synchronous and asynchronous analyses keep the training loop waiting."""
     results = {}
     for name, lag in (("synchronous", 0), ("asynchronous", 12)):
         model = model_of(size, device)

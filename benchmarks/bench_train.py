@@ -1,5 +1,4 @@
-"""Tokens a second of the training step beside transformers' LLaMA, its memory and its losses, in
-one run on this machine.
+r"""Measure the training step and compare it with transformers' LLaMA: speed, memory, losses.
 
     python benchmarks/bench_train.py [--models 9m 60m] [--rounds 7] [--data FOLDER] \
         [--output FILE.json]
@@ -200,9 +199,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
 
 
 def bench_losses(options: argparse.Namespace, updates: int = 50) -> dict:
-    """Greatest relative distance of each fast path's losses to those of the plain path, over 50
-    updates of two micro-batches with pads.
-    """
+    """Return the greatest relative difference of each fast path's losses from the plain ones."""
     config = config_of("9m")
     generator = torch.Generator().manual_seed(0)
     kinds = [
@@ -239,8 +236,7 @@ def bench_losses(options: argparse.Namespace, updates: int = 50) -> dict:
 
 
 def bench_groups(size: str, options: argparse.Namespace, rows: int) -> dict:
-    """What AlphaDecay's groups, one for each module, add to a step without an analysis, beside one
-    group for all.
+    """Measure what one parameter group for each module costs in a step without an analysis.
 
     Forward and backward passes are the same; what differs, `decay.step` and the optimizer, is timed
     by itself: it is a fiftieth of the step, whose own noise would hide it.
@@ -292,9 +288,7 @@ def bench_groups(size: str, options: argparse.Namespace, rows: int) -> dict:
 
 
 def bench_packing(size: str, options: argparse.Namespace) -> dict:
-    """Real tokens a second of rows with pads, of packed rows, and of packed rows whose attention
-    stays within documents.
-    """
+    """Measure tokens per second, without pads, of padded and of packed sequences."""
     results: dict = {}
     for corpus, file in (
         ("wikipedia", next(options.data.glob("wiki/*.jsonl.xz"))),

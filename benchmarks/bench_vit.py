@@ -1,5 +1,4 @@
-"""Images a second of main_vit.py's training loop beside timm's, on the same model, images and
-settings, in one run.
+r"""Compare the images per second of main_vit.py with those of timm's training loop.
 
     python benchmarks/bench_vit.py [--model deit_tiny_patch16_224] [--input_size 64] \
         [--updates 8] [--rounds 5]
@@ -45,9 +44,7 @@ RESULT = ROOT / "benchmarks/results"
 
 
 def write_photographs(folder: Path, size: int, classes: int = 4, each: int = 64) -> None:
-    """JPEG files of about the size that the model sees: smooth noise, so that decoding costs what
-    it does for photographs.
-    """
+    """Write JPEG files of smooth noise, which take as long to decode as photographs."""
     rng = np.random.default_rng(0)
     for split, count in (("train", each), ("val", 1)):
         for label in range(classes):

@@ -1,5 +1,4 @@
-"""Runs command lines from standard input, as many at once as there are slots: the cells of a table
-over the GPUs of a machine.
+r"""Run command lines from standard input, several at a time, for instance one on each GPU.
 
     printf '%s\n' 'bash scripts/run.sh ...' 'bash scripts/run.sh ...' |
         python scripts/pool.py --gpus 0 1 2,3
@@ -46,8 +45,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Pool:
-    """Commands on slots. A slot is a value of CUDA_VISIBLE_DEVICES, or None: the command sees what
-    this process sees.
+    """Runs commands on slots.
+
+    A slot is a value of CUDA_VISIBLE_DEVICES. On the slot None a command sees the same GPUs as
+    this process.
     """
 
     def __init__(self, slots: list[str | None]):
@@ -105,8 +106,9 @@ class Pool:
             self.free.put(slot)
 
     def stop(self, *_) -> None:
-        """Start nothing more, and have what runs save and end: a training answers SIGTERM with a
-        checkpoint, and a second one by dying.
+        """Start no more commands, and end those that run.
+
+        A training run answers the first SIGTERM with a checkpoint, and a second one by ending at once.
         """
         with self.lock:
             if self.stopped:

@@ -1,5 +1,4 @@
-"""The T5 tokenizer with fewer pieces: all of its single characters, and the most frequent others,
-to SIZE in all.
+"""Reduce the T5 tokenizer to SIZE pieces: all single characters and the most frequent others.
 
     python results/wikipedia/reduced_t5.py T5 OUTPUT [SIZE]
 

@@ -25,9 +25,7 @@ def llama_60m():
 
 
 def heavy_tailed(model):
-    """Low-rank additions whose singular values fall like a power law: what training does to a
-    weight.
-    """
+    """Add low-rank matrices whose singular values follow a power law, as training does."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, module in enumerate(balanced_modules(model)):

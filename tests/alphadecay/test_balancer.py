@@ -412,9 +412,7 @@ def test_analyze_reads_every_module():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_ranks_agree_with_one_process(tmp_path, processes):
-    """Ranks that each analyse a share end with the same history, decays and weights, and the
-    decays of one process without any group.
-    """
+    """Ranks that share the analysis end with the decays and weights of a single process."""
     script = "tests/support/ranks/balancer.py"
     for name in ("alone", "together"):
         (tmp_path / name).mkdir()

@@ -324,9 +324,7 @@ def test_nothing_moves_in_an_update_that_is_left_out(optimizer_name, kind, bad):
 
 
 def test_decays_stay_in_their_groups():
-    """Between steps the groups carry the method's decays, not what AdamC or cautious decay made of
-    them for a step.
-    """
+    """Between steps the groups hold the method's decays, not those of a decay hook."""
     model = small_llama()
     optimizer = build_optimizer("adamw", groups_of(model), 1e-3)
     install_decay_hooks(optimizer, PEAK, cautious=True)
@@ -336,9 +334,7 @@ def test_decays_stay_in_their_groups():
 
 
 def test_muon_is_torchs_two_optimizers():
-    """With module-wise decays: Muon for matrices in blocks, AdamW for the rest, each stepped by
-    hand.
-    """
+    """With module-wise decays, Muon steps the matrices of blocks and AdamW all other parameters."""
     ours, theirs = small_llama(), small_llama()
     optimizer = build_optimizer(
         "muon", split_hidden(alphadecay.AlphaDecay(ours, ETA).param_groups(), ours), 1e-3

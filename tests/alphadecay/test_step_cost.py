@@ -1,6 +1,4 @@
-"""An update asks the device for no number: on a GPU each would wait until all that was queued is
-done.
-"""
+"""An update reads no number from the device, because the host would wait for it."""
 
 import types
 
@@ -38,9 +36,7 @@ class Waits(TorchDispatchMode):
 
 
 def an_update(device):
-    """A function that makes update after update with pads, accumulation, clipping and AlphaDecay,
-    none of them an analysis.
-    """
+    """Return a function that makes one update without an analysis, with pads and accumulation."""
     ranks = DistributedContext(0, 0, 1, device)
     config = {
         "vocab_size": 256,

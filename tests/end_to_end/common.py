@@ -75,9 +75,7 @@ def write_text(folder, documents=600, name="corpus.jsonl"):
 
 
 def write_images(folder, train=40, val=11, size=32):
-    """Class folders to learn from: a colour for each of four classes, under noise. 160 training
-    images, 44 to validate on.
-    """
+    """Write 160 training and 44 validation images of four classes that differ in their colour."""
     import numpy as np
     from PIL import Image
 
@@ -112,9 +110,7 @@ def command(arguments, script="torchrun_main.py", processes=2, options=()):
 
 
 def surroundings(changes=None):
-    """The environment of a script that is started: W&B, which takes seconds to start, only where a
-    test asks for it.
-    """
+    """Return the environment of a script, with W&B off unless a test asks for it."""
     return (
         os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
@@ -131,8 +127,9 @@ def run(
     options=(),
     cold=False,
 ):
-    """Run a script to its end; returns the finished process with its output. cold: from a new
-    interpreter, see support/fork_server.py.
+    """Run a script to its end and return the finished process with its output.
+
+    With `cold` it runs in a new interpreter, see support/fork_server.py.
     """
     return fork_server.run(
         command(arguments, script, processes, options),
@@ -183,9 +180,7 @@ def exact(inputs, name, *more, **changes):
 
 
 def vit(inputs, name, *more, **changes):
-    """A run of the published ViT command with a tiny model: 40 updates of 8 images in 2 epochs,
-    analyses, a checkpoint after each epoch.
-    """
+    """Return the published ViT command for a tiny model: 2 epochs of 20 updates of 8 images."""
     sizes = {
         "input_size": 32,
         "nb_classes": 4,

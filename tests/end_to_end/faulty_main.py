@@ -64,9 +64,7 @@ def with_faults(steps, done: int):
 
 
 def put_faults_into_data() -> None:
-    """Into the iterator over this rank's data of each update, which the scripts make in their own
-    ways.
-    """
+    """Let the iterator over this rank's data fail in the update that FAULT names."""
     if script.__name__ == "main_vit":
         build_train_loader = script.build_train_loader
         script.build_train_loader = lambda args, data, done, ranks: with_faults(

@@ -160,9 +160,7 @@ def test_a_checkpoint_of_another_run(monkeypatch, capfd, folder):
 
 
 def test_a_continued_run_that_died_early_begins_again(folder):
-    """Continued from elsewhere and killed before its first own checkpoint, it can be started the
-    same way again.
-    """
+    """A run that continues another and dies before its first checkpoint can be started again."""
     run(flags(folder, "--num_training_steps", 1, "--save_dir", folder / "first"), processes=1)
     again = flags(
         folder, "--num_training_steps", 3, "--continue_from", folder / "first/checkpoints/model_1"

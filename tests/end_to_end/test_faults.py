@@ -1,6 +1,4 @@
-"""Nothing is lost: runs that are killed, told to stop, fed what is not finite or cannot be read,
-end as the undisturbed run does.
-"""
+"""Runs that are killed, stopped or meet faults end with the result of the undisturbed run."""
 
 import random
 import signal
@@ -55,9 +53,7 @@ def resumed(inputs, name):
 
 
 def test_killed_and_resumed_is_bit_exact(inputs, straight_run):
-    """One rank killed after the checkpoint of update 20, and continued to 40, with updates of the
-    decays on both sides.
-    """
+    """One rank is killed after the checkpoint of update 20, and the run continues to update 40."""
     name = "killed"
     assert faulty(inputs, name, "kill@27@1", "--continue_from", "auto").returncode != 0
     assert not (inputs / name / FINAL).exists()
@@ -69,9 +65,7 @@ def test_killed_and_resumed_is_bit_exact(inputs, straight_run):
 
 
 def test_killed_at_random_instants(inputs, straight_run):
-    """Five times on the way, whatever it is doing; benchmarks/bench_kill.py does this a hundred
-    times.
-    """
+    """The run is killed five times; benchmarks/bench_kill.py does this a hundred times."""
     rng = random.Random(0)
     arguments = exact(inputs, "random", "--continue_from", "auto", save_every=4)
     kills = 0

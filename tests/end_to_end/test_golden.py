@@ -1,5 +1,4 @@
-"""100 updates whose losses are written down: a change that should not move the loss proves that it
-does not.
+"""100 updates whose losses are on record: a change must not alter them by accident.
 
 After a change that should: REWRITE_GOLDEN=1 bash scripts/test.sh -k golden, and say why in the
 commit.

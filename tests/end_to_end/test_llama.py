@@ -79,9 +79,7 @@ def test_it_trains_evaluates_saves_and_reports(reference_run):
 def test_a_finished_run_is_evaluated_on_other_text(
     reference_run, inputs, tmp_path, monkeypatch, capsys
 ):
-    """On its own validation documents it gives the run's own loss; what is known is not computed
-    again.
-    """
+    """On the run's own validation text it gives the run's own loss."""
     from peft_pretraining import evaluate_checkpoint
     from peft_pretraining.data.sources.registry import open_source
     from peft_pretraining.data.sources.split import split_documents
@@ -138,9 +136,7 @@ def test_ranks_are_bit_identical(straight_run):
 
 
 def test_one_process_sees_the_same_batches(inputs, straight_run):
-    """Without torchrun: the same global batches, so the same losses but for the order of float
-    additions.
-    """
+    """One process gives the losses of two, except for the order in which floats are added."""
     run(exact(inputs, "alone", batch_size=16), processes=1)
     assert_same_numbers(inputs / "alone", straight_run)
 
@@ -223,9 +219,7 @@ def test_other_flags_run(inputs, flags, tmp_path):
     ],
 )
 def test_methods_resume_exactly(inputs, flags, tmp_path):
-    """From the middle the same weights and optimizer as without a stop, and run.json says what the
-    name stands for.
-    """
+    """A run resumed in the middle ends with the weights and moments of an undisturbed one."""
     base = exact(
         inputs,
         "unused",

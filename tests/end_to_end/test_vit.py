@@ -141,9 +141,7 @@ def test_ranks_are_bit_identical(straight_vit):
 
 
 def test_one_process_sees_the_same_batches(inputs, straight_vit):
-    """The same micro-batches one after another, mixed and dropped alike: the same losses but for
-    the order of float additions.
-    """
+    """One process gives the losses of two, except for the order in which floats are added."""
     run(
         vit(inputs, "vit-alone", update_freq=2, num_workers=0),
         script="main_vit.py",
@@ -211,8 +209,9 @@ def test_accuracy_is_the_same_for_any_ranks_and_batches(inputs, straight_vit):
 
 @pytest.mark.slow
 def test_an_image_that_cannot_be_read(inputs, tmp_path):
-    """It is named, and nothing is lost; with --skip_bad_images true the run goes on without it,
-    and the accuracy is over the others.
+    """The image is named, and no work is lost.
+
+    With --skip_bad_images true the run goes on, and the accuracy is that of the other images.
     """
     shutil.copytree(inputs / "images", tmp_path / "images")
     bad = tmp_path / "images/val/red/05.png"

@@ -102,9 +102,7 @@ def add_checkpoint(run, weights, step=100):
 
 
 def llama_weights(blocks=3):
-    """Weights of a small LLaMA, each module's its own, with what is no matrix and what is in no
-    block.
-    """
+    """Return weights of a small LLaMA, with some that are no matrices or belong to no block."""
     generator = torch.Generator().manual_seed(0)
     shapes = {kind: (64, 64) if kind in LLAMA_TYPES[:4] else (96, 64) for kind in LLAMA_TYPES}
     weights = {

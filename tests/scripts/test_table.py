@@ -290,9 +290,7 @@ def test_a_table_script_names_its_cells(name):
 
 @pytest.mark.slow
 def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
-    """`fit.sh` at a thousandth, killed, ended by SIGTERM, and started again: no finished cell is
-    repeated, and the table is whole.
-    """
+    """`fit.sh` is killed, ended by SIGTERM and started again, and repeats no finished run."""
     words = [
         "bash",
         "scripts/tables/fit.sh",

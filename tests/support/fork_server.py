@@ -1,5 +1,4 @@
-"""Programs without their start-up: `python words ...` as the fork of a process that has imported
-torch, transformers and timm already.
+"""Run Python programs as forks of a process that has imported torch and transformers already.
 
 torchrun and two ranks spend ten seconds of a core on imports before the first update, and the tests
 start them some eighty times. Here a server imports once and each program is a fork of it;
@@ -71,9 +70,7 @@ def on_ranks(script, *arguments, processes=2, options=(), **settings):
 
 
 def start(words, cold=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings):
-    """`subprocess.Popen(words, stdout=..., stderr=..., cwd=..., env=...)` in a session of its own;
-    the two are files.
-    """
+    """Start a program in a session of its own, like `subprocess.Popen`; outputs go to files."""
     words = list(map(str, words))
     if cold or words[0] != sys.executable or _gpu():
         return subprocess.Popen(
@@ -83,9 +80,7 @@ def start(words, cold=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNUL
 
 
 def run(words, cold=False, check=False, timeout=240, **settings):
-    """`subprocess.run(words, capture_output=True, text=True, ...)`; one that takes too long is
-    killed with all that it has started.
-    """
+    """Run a program like `subprocess.run`; after the time-out it is killed with its children."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         running = start(words, cold, stdout, stderr, **settings)
         try:

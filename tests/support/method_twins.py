@@ -1,5 +1,4 @@
-"""Each method over 20 updates beside a twin in NumPy loops: same gradients in, weights compared
-after every update.
+"""Compare each method over 20 updates with a plain twin in NumPy, after every update.
 
 Runs in one process (test_methods.py) and on every rank under torchrun (distributed_methods.py),
 where each rank has a share of the batch and the twin all of it. Everything is float64, so that what

@@ -103,9 +103,7 @@ def decays(scores, eta, mapping, s1, s2, blocks):
 
 
 def balanced(model):
-    """Names and weights, in named_modules() order, without the first, the last and those of under
-    50 eigenvalues.
-    """
+    """Return names and weights of the balanced modules, in the order of named_modules()."""
     found = [
         (n, m.weight) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
     ]
@@ -113,9 +111,7 @@ def balanced(model):
 
 
 def window_eigenvalues(weight):
-    """Pooled eigenvalues of square windows of half the smaller side, at even distances along each
-    side (FARMS).
-    """
+    """Return the pooled eigenvalues of square windows of half the smaller side (FARMS)."""
     w = weight.detach().double().numpy()
     side = min(w.shape) // 2
     pooled = []

@@ -1,6 +1,4 @@
-"""The spectral engine beside the float64 singular value decomposition of
-tests/support/reference.py.
-"""
+"""The spectral engine, compared with singular values in float64 (tests/support/reference.py)."""
 
 import json
 import math
@@ -79,9 +77,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("path", ["cpu", "device"])
 def test_alpha_agrees_with_svd(name, path):
-    """alpha within 1e-5, as AlphaDecay computes it on a CPU, and on the batched path of a GPU (run
-    here on the CPU).
-    """
+    """alpha is within 1e-5 on the path of CPUs and on the batched path of GPUs (run on the CPU)."""
     weight = WEIGHTS[name]
     expected = reference.fit(reference.eigenvalues(weight))[0]
     if path == "cpu":
@@ -122,9 +118,7 @@ def test_undefined_alpha_is_flagged(name):
 
 
 def test_guards_are_needed():
-    """Without the redo in float64, and without the singular values, alpha is off: the tests above
-    can fail.
-    """
+    """alpha is imprecise if float32 eigenvalues are not replaced: the tests above can fail."""
     for name in ("outlier 1000", "condition 1e12"):
         matrix = WEIGHTS[name]
         values = torch.linalg.eigvalsh(gram(matrix, 1.0, torch.float32)).double().clamp_min(1e-300)
@@ -213,9 +207,7 @@ def test_a_hanging_task_holds_up_no_other():
 
 
 def test_the_number_of_threads_is_left_alone():
-    """Also when the analysis runs on a thread of its own: new threads take the number that was set
-    last.
-    """
+    """This also holds after an analysis in the background: new threads inherit the number."""
     before = torch.get_num_threads()
     caller = threading.Thread(target=run_tasks, args=([lambda: time.sleep(0.01)] * 3, 1, 10.0))
     caller.start()

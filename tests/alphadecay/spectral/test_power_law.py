@@ -99,9 +99,7 @@ def test_the_search_blocks_change_nothing(monkeypatch, block, numbers):
 
 
 def test_fix_finger_windows_differ():
-    """With a peak above 1.05 the published lower bound, a logarithm, lets nearly every threshold
-    in.
-    """
+    """The published lower bound is a logarithm, which excludes almost no threshold."""
     values = torch.cat([sample(40, 2.5, 0), 100 * sample(200, 2.5, 1)]).sort().values
     assert fit_power_law(values, "fix-finger").xmin >= 95
     assert (

@@ -38,8 +38,10 @@ from tests.peft_pretraining.checkpoint.common import (
 
 
 def test_the_saved_state_is_that_of_the_call(tmp_path, trained, monkeypatch):
-    """Training goes on during a slow copy and a late write, yet every file is byte for byte that
-    of a deep copy saved with nothing else going on."""
+    """Training goes on while a checkpoint is written, which holds the state at the call.
+
+    Every file equals, byte for byte, that of a deep copy which is saved by itself.
+    """
     model, optimizer = trained
     twin = copy.deepcopy(model)
     twin_optimizer = adam(twin)
@@ -209,8 +211,7 @@ class Killed(BaseException):
 
 
 class Killer:
-    """An audit hook that raises Killed at the n-th change of the file system, and at all later
-    ones: from then on the process is as good as dead."""
+    """An audit hook that raises Killed at the n-th and all later changes of the file system."""
 
     def __init__(self):
         self.left, self.folder = None, None

@@ -83,9 +83,7 @@ def test_unigram_entropy():
 
 
 def test_packed_rows_without_first_tokens(tokenizer):
-    """With "within" what comes after the end of a document has no label, in rows read by index and
-    in streamed ones.
-    """
+    """With "within", the first token of a document has no label."""
     rows = tokenize_documents(TEXTS, tokenizer, LENGTH, packing="within")
     batch = rows.batch(np.arange(len(rows)))
     joined = [

@@ -1,6 +1,4 @@
-"""The order of the rows: a permutation for each epoch, like a random one, the same as plain
-integer arithmetic, never changed.
-"""
+"""The order of the sequences: a random permutation for each epoch that never changes."""
 
 import hashlib
 
@@ -84,9 +82,7 @@ def test_all_permutations_are_as_frequent(n, permutations):
 
 
 def test_large_epochs_are_spread_evenly():
-    """The first 20,000 of 2**40 rows: as many in each 1,000th of them, and no trend from one to
-    the next.
-    """
+    """The first 20,000 of 2**40 indices are evenly distributed and independent of each other."""
     rows = ShuffledIndices(2, 2**40).indices(0, 20_000)
     counts = np.bincount(rows * 1000 // 2**40, minlength=1000)
     assert abs(((counts - 20) ** 2 / 20).sum() - 999) < 5 * np.sqrt(2 * 999)

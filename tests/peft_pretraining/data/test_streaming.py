@@ -1,6 +1,4 @@
-"""Streams in lanes: the same rows as a plain loop over everything, for any ranks, processes and
-restarts, whatever the network does.
-"""
+"""Streams give the sequences of a plain loop, for any ranks, processes, restarts and faults."""
 
 import dataclasses
 import gzip
@@ -93,9 +91,7 @@ def plain_row(text):
 
 
 def plain_rows(documents, lanes, packing, steps, total=TOTAL):
-    """All rows in order, by the definition: read everything, cut, and take B/V of each lane for
-    each batch.
-    """
+    """Return all sequences in order, computed from the definition of the substreams."""
     every = []
     for lane in range(lanes):
         lane_texts = plain_lane(documents, lane, lanes)
@@ -122,9 +118,7 @@ def in_turn(lanes, steps, total):
 def run(
     rows, steps, world_size=1, batch_size=None, workers=0, position=None, total=TOTAL, **changes
 ):
-    """The rows of so many steps, put together from all ranks, and the merged position after each
-    step as a file would keep it.
-    """
+    """Return the sequences of `steps` updates from all ranks, and their positions."""
     ranks = []
     for rank in range(world_size):
         cut = {

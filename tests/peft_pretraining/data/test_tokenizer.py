@@ -1,6 +1,4 @@
-"""Tokenizers: exact vocabulary, special tokens as plain text, rows as Hugging Face would cut and
-fill them.
-"""
+"""Tokenizers: size of the vocabulary, special tokens in text, truncation and padding."""
 
 import gzip
 import json
@@ -183,9 +181,7 @@ def test_t5_reads_special_tokens_as_text(tmp_path):
 
 
 def test_a_pickled_tokenizer_reads_no_special_token_in_the_text_either(tmp_path):
-    """As a process gets it that encodes a stream: the library's own pickling forgets that it shall
-    not.
-    """
+    """Worker processes get a pickled tokenizer; the library's own pickling loses this setting."""
     tokenizer = bpe(tmp_path)
     expected = documents_of(tokenizer, LITERALS)
     assert all(tokenizer.eos_id not in ids[:-1] for ids in expected)

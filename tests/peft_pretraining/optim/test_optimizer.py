@@ -8,8 +8,7 @@ from peft_pretraining.optim.optimizer import build_optimizer, scaled_decays
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_decay_is_not_rounded_away_in_bfloat16(name):
-    """The decay acts although lr * weight_decay is far below the resolution of bfloat16: on the
-    moments (adam), or on the weight in float32, together with the update (adamw)."""
+    """The decay acts although lr * weight_decay is below the resolution of bfloat16."""
     plain, decayed = (
         [torch.nn.Parameter(torch.linspace(0.5, 2, 512).to(torch.bfloat16))] for _ in range(2)
     )
@@ -24,8 +23,7 @@ def test_decay_is_not_rounded_away_in_bfloat16(name):
 
 @pytest.mark.parametrize("name, after", [("adam", 1.99), ("adamw", 1.998)])
 def test_adam_is_coupled_and_adamw_is_not(name, after):
-    """With a gradient of 0 and a decay of 0.1, Adam treats the decay as a gradient and makes a full
-    step of lr, AdamW shrinks the weight by lr * 0.1."""
+    """With a gradient of 0, Adam treats the decay as a gradient, and AdamW shrinks the weight."""
     parameter = torch.nn.Parameter(torch.full((4,), 2.0))
     parameter.grad = torch.zeros(4)
     build_optimizer(name, [{"params": [parameter], "weight_decay": 0.1}], lr=0.01).step()

@@ -1,5 +1,7 @@
-"""Sharded training beside DistributedDataParallel, part by part on 4 ranks: two copies of the
-model, each cut in two. The whole script on 2 ranks, cut in two: end_to_end/test_fsdp.py.
+"""Sharded training, compared with DistributedDataParallel on 4 ranks, part by part.
+
+The model has two copies, each sharded over two ranks. end_to_end/test_fsdp.py runs the whole
+script on 2 ranks.
 """
 
 import json
@@ -52,9 +54,7 @@ def results(folder):
 
 @pytest.mark.parametrize("setting", ["gradnorm", "asynchronous", "awd", "adadecay", "transformers"])
 def test_every_method_gives_the_same_numbers(results, setting):
-    """Loss, gradient norm and mean decay of each update, the decays by name, and the weights after
-    the last.
-    """
+    """Losses, gradient norms, decays and last weights are those of DistributedDataParallel."""
     assert all(rank["methods"][setting] == results[0]["methods"][setting] for rank in results)
     found = results[0]["methods"][setting]
     plain, sharded = found["numbers"]
@@ -103,9 +103,7 @@ def test_its_checkpoint_is_the_same(folder):
 
 @pytest.mark.parametrize("rows", [5, 1])
 def test_an_evaluation_counts_every_row_once(results, rows):
-    """Though ranks have different numbers of batches, or none; afterwards the parameters are the
-    sharded ones again.
-    """
+    """This holds for ranks with different numbers of batches, and parameters are sharded again."""
     for rank in results:
         *plain, _ = rank["evaluation"][f"{rows} ddp"]
         *sharded, whole = rank["evaluation"][f"{rows} fsdp"]

@@ -81,8 +81,10 @@ def test_other_ranks_write_nothing(tmp_path, fake_wandb):
 
 
 def test_wandb_gets_the_published_names(tmp_path, fake_wandb):
-    """W&B gets the mean alpha of each projection and the last evaluation under the names of the
-    published runs. Without a project it gets nothing."""
+    """W&B gets mean alphas and the last evaluation under the names of the published runs.
+
+    Without a project it gets nothing.
+    """
     types = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     records = [
         {

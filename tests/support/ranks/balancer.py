@@ -1,6 +1,4 @@
-"""Started under torchrun with a folder as its argument: train a little, write there what each rank
-ends with.
-"""
+"""Train a little under torchrun, and write the final state of each rank to a folder."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
-"""Started by test_fsdp.py under torchrun on 4 ranks, with a folder: a small LLaMA cut over pairs
-of ranks (two copies of it) beside the same one under DistributedDataParallel. Each rank writes
-what it saw into the folder.
+"""Train a small LLaMA on 4 ranks, sharded and with DistributedDataParallel, for test_fsdp.py.
+
+Each rank writes its results to the folder that is the argument.
 """
 
 import argparse
@@ -79,9 +79,7 @@ class Run:
         )
 
     def update(self, number: int, scale: float = 1.0) -> list[float]:
-        """One update of two micro-batches of random tokens with pads; returns numbers that are
-        alike for every way to be parallel.
-        """
+        """Make one update of two micro-batches, and return numbers that are equal on all ranks."""
         generator = torch.Generator().manual_seed(10 * number + self.ranks.rank)
         batches = [torch.randint(100, (2, LENGTH), generator=generator) for _ in range(2)]
         labels = [
@@ -171,9 +169,7 @@ def interchange(config, folder: Path, ranks: DistributedContext) -> dict:
 
 
 def evaluation(config, ranks: DistributedContext) -> dict:
-    """Five rows one at a time: rank 0 has two of them, the others one; then one row: three ranks
-    have none.
-    """
+    """Evaluate five sequences, one in a batch, so ranks have 2 or 1 batches; then a single one."""
     results = {}
     for rows in (5, 1):
         ids = np.random.default_rng(0).integers(100, size=rows * LENGTH)

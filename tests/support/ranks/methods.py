@@ -1,6 +1,4 @@
-"""Started under torchrun with a folder as its argument: every case of method_twins.py on this
-rank; writes there how far off each is.
-"""
+"""Run every case of method_twins.py under torchrun, and write the differences to a folder."""
 
 import json
 import sys

@@ -1,5 +1,4 @@
-"""Started by test_engine.py under torchrun: a model under fully_shard beside the same model whole,
-and faults on one rank.
+"""Compare a model under fully_shard with the whole model, and cause faults on one rank.
 
 Arguments: which of them, and the folder that each rank writes its result to.
 """

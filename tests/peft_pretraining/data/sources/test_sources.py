@@ -1,6 +1,4 @@
-"""Documents: every format reads back equal, every broken input is one sentence, and the two splits
-share nothing.
-"""
+"""Sources: every format, every kind of broken input, and the split into two disjoint sets."""
 
 import gzip
 import json

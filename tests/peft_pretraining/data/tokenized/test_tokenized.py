@@ -1,6 +1,4 @@
-"""Prepared data: rows equal to a plain loop, bytes the same however they came about, and damage
-that is always seen.
-"""
+"""Prepared data: equal to a plain loop, the same bytes on every machine, damage is detected."""
 
 import contextlib
 import json
@@ -607,9 +605,7 @@ def garbage(rng, path):
 
 
 def damaged_copies(whole, folder, seed, cases, files):
-    """Yields (file, what was there) of a copy of a finished folder with one file damaged, and puts
-    the copy right again.
-    """
+    """Yield the damaged file and its old content, for each damage, and repair it afterwards."""
     shutil.copytree(whole, folder)
     rng = random.Random(seed)
     names = [name for name in contents(folder) if files(name) and (folder / name).stat().st_size]
@@ -623,9 +619,7 @@ def damaged_copies(whole, folder, seed, cases, files):
 
 @pytest.mark.slow
 def test_fuzz_of_reading(whole, tokenizer, tmp_path):
-    """Each of 1,000 damaged folders ends in a sentence that names the file, or in exactly the
-    right rows.
-    """
+    """Each of 1,000 damaged folders gives an error that names the file, or the right sequences."""
     expected = {}
     for packing in (False, True):
         for split, texts in (("train", TRAIN), ("validation", HELD_OUT)):
@@ -665,9 +659,7 @@ def test_fuzz_of_the_stored_tokenizer(whole, tokenizer, tmp_path):
 
 @pytest.mark.slow
 def test_fuzz_of_preparing_again(whole, tokenizer, tmp_path):
-    """Called again on a damaged folder, the preparation makes it whole or says which file stands
-    in its way.
-    """
+    """Preparing again repairs a damaged folder, or names the file that prevents it."""
     expected, refusals = contents(whole), 0
     for path in damaged_copies(whole, tmp_path / "data", 2, 150, lambda name: True):
         try:
