@@ -108,7 +108,7 @@ class Pool:
     def stop(self, *_) -> None:
         """Start no more commands, and end those that run.
 
-        A training run answers the first SIGTERM with a checkpoint, and a second one by ending at once.
+        A training run saves a checkpoint at the first SIGTERM, and ends at once at a second one.
         """
         with self.lock:
             if self.stopped:
