@@ -26,7 +26,7 @@ GENERAL_KEYS = {
     "label2id": {"LABEL_0": 0, "LABEL_1": 1},
     "problem_type": None,
 }
-LAST_KEYS = {"_name_or_path": "", "output_attentions": False}
+LAST_KEYS = ("_name_or_path", "output_attentions")
 # Keys whose values in a file are not kept: `to_dict` writes the first anew, and `rope_parameters`
 # takes the values of the other two.
 REPLACED_KEYS = ("transformers_version", "rope_theta", "rope_scaling")
@@ -133,8 +133,9 @@ class LlamaConfig:
             "transformers_version": version,
             **{name: given.get(name, value) for name, value in GENERAL_KEYS.items()},
             **own,
+            "_name_or_path": given.get("_name_or_path", ""),
             **self.extra,
-            **{name: given.get(name, value) for name, value in LAST_KEYS.items()},
+            "output_attentions": given.get("output_attentions", False),
         }
 
 
