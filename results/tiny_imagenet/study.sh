@@ -22,8 +22,8 @@ export WANDB_MODE="${WANDB_MODE:-offline}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1
 # In so short a training each image is seen three times, so the augmentation is light.
 train() {
     python main_vit.py --model deit_tiny_patch16_224 --model_kwargs patch_size=8 --input_size 32 \
-        --drop_path 0 --data_set IMNET --data_path "$images" --nb_classes 100 --use_amp true --num_workers 0 \
-        --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 \
+        --drop_path 0 --data_set IMNET --data_path "$images" --nb_classes 100 \
+        --use_amp true --num_workers 0 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 \
         --batch_size 128 --epochs "$epochs" --warmup_epochs 0 --warmup_steps 100 \
         --lr 1e-3 --weight_decay 5e-6 --save_ckpt_num 1 --save_every 100 \
         --seed "$2" --output_dir "$folder/$1-$2" --name "study-vit-$1-$2" "${@:3}"
@@ -38,6 +38,6 @@ for seed in 0 1; do
 done
 
 for measure in top1 top5; do
-    python scripts/paper/table.py "$folder" --columns data_set --measure "$measure" --against uniform \
-        --csv "results/tiny_imagenet/$measure.csv" | tee "results/tiny_imagenet/$measure.md"
+    python scripts/paper/table.py "$folder" --columns data_set --measure "$measure" \
+        --against uniform --csv "results/tiny_imagenet/$measure.csv" | tee "results/tiny_imagenet/$measure.md"
 done

@@ -21,14 +21,16 @@ t5="${3:?give the T5 tokenizer}" folder="${4:-runs/wikipedia}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 [ -d "$folder/t5-4096" ] || python results/wikipedia/reduced_t5.py "$t5" "$folder/t5-4096" 4096
 python -m peft_pretraining.prepare_data --dataset "$wikipedia" \
-    --tokenizer "$folder/t5-4096" --vocab_size 4096 --max_tokens 20M --target_eval_tokens 400K --output "$folder/data"
+    --tokenizer "$folder/t5-4096" --vocab_size 4096 --max_tokens 20M \
+    --target_eval_tokens 400K --output "$folder/data"
 
 # one METHOD OPTIMIZER ETA SEED: print the command line of a run and of its evaluation on C4.
 one() {
     local method="$1" eta name
     eta=$(printf %g "$3") # 1e-5 and 1e-05 are one run
     name="$1-$2-$eta-$4"
-    local flags=(--method "$1" --optimizer "$2" --seed "$4" --name "$name" --save_dir "$folder/$name")
+    local flags=(--method "$1" --optimizer "$2" --seed "$4" --name "$name"
+        --save_dir "$folder/$name")
     [ "$method" = wd0 ] || flags+=(--weight_decay "$eta")
     case "$method" in
         wd0 | uniform | awd) ;;
@@ -45,7 +47,8 @@ one() {
 }
 # best METHOD OPTIMIZER: print the eta of the grid with the lowest validation loss.
 best() {
-    python scripts/paper/table.py "$folder" --where "method=$1" "optimizer=$2" seed=5 --best weight_decay
+    python scripts/paper/table.py "$folder" --where "method=$1" "optimizer=$2" seed=5 \
+        --best weight_decay
 }
 
 grid_adam="1e-5 1e-4 1e-3" grid_adamw="0.01 0.1 1"
@@ -55,7 +58,8 @@ if [ "${STAGE:-grid}" = grid ]; then
         for eta in $grid_adamw; do one "$method" adamw "$eta" 5; done
     done | python scripts/pool.py --jobs "${JOBS:-2}"
     python scripts/paper/table.py "$folder" --columns optimizer weight_decay \
-        --where method=uniform,alphadecay seed=5 --measure eval_loss --csv results/wikipedia/grid.csv | tee results/wikipedia/grid.md
+        --where method=uniform,alphadecay seed=5 --measure eval_loss --csv results/wikipedia/grid.csv |
+        tee results/wikipedia/grid.md
 fi
 if [ "${STAGE:-methods}" = methods ]; then
     for seed in 5 6 7; do

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Controls, LLaMA-60M: is it the spectrum, the budget, the type of a module, or the range? Three seeds. Options: --help.
+# Control experiments with LLaMA-60M and three seeds: do the results come from the spectra, from the
+# mean decay, from the types of the modules, or from the range of decays? Options: --help.
 source "$(dirname "$0")/table.sh"
 
 for seed in 5 6 7; do
-    for method in uniform alphadecay inverted shuffled type_constant gradnorm quantile one_shot farms; do
+    for method in uniform alphadecay inverted shuffled type_constant gradnorm quantile one_shot \
+        farms; do
         cell --model 60m --method "$method" --decay 5e-6 --seed "$seed"
     done
     cell --model 60m --method alphadecay --decay 5e-6 --seed "$seed" -- --iso_budget

@@ -4,7 +4,9 @@ source "$(dirname "$0")/table.sh"
 
 for seed in 5 6 7 8 9 10; do
     for decay in 1e-5 5e-6 1e-6; do
-        for method in uniform alphadecay; do cell --model 130m --method "$method" --decay "$decay" --seed "$seed"; done
+        for method in uniform alphadecay; do
+            cell --model 130m --method "$method" --decay "$decay" --seed "$seed"
+        done
     done
 done
 make_table seeds
