@@ -39,5 +39,6 @@ done
 
 for measure in top1 top5; do
     python scripts/paper/table.py "$folder" --columns data_set --measure "$measure" \
-        --against uniform --csv "results/tiny_imagenet/$measure.csv" | tee "results/tiny_imagenet/$measure.md"
+        --against uniform --csv "results/tiny_imagenet/$measure.csv" |
+        tee "results/tiny_imagenet/$measure.md"
 done

@@ -58,7 +58,8 @@ if [ "${STAGE:-grid}" = grid ]; then
         for eta in $grid_adamw; do one "$method" adamw "$eta" 5; done
     done | python scripts/pool.py --jobs "${JOBS:-2}"
     python scripts/paper/table.py "$folder" --columns optimizer weight_decay \
-        --where method=uniform,alphadecay seed=5 --measure eval_loss --csv results/wikipedia/grid.csv |
+        --where method=uniform,alphadecay seed=5 --measure eval_loss \
+        --csv results/wikipedia/grid.csv |
         tee results/wikipedia/grid.md
 fi
 if [ "${STAGE:-methods}" = methods ]; then
