@@ -34,7 +34,6 @@ RENAMED = {
     "METHODS": "FIT_METHODS",
     "reshape_decay": "install_decay_hooks",
     "cli.presets.METHODS": "METHOD_PRESETS",
-    "controls.to_budget": "rescale_to_mean",
     "decoupled.reshape_decay": "install_decay_hooks",
     "engine.PIECE": "DOT_CHUNK_SIZE",
     "flags.reshape_from_flags": "register_decay_hooks",
