@@ -15,4 +15,5 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
-python -m pytest "$@"
+# Two tests at a time. The tests of one file share what they prepare, so they stay together.
+python -m pytest --numprocesses 2 --dist loadfile "$@"

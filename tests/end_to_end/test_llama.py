@@ -53,7 +53,7 @@ def reference_run(inputs):
         save_every=10,
         save_dir=inputs / "reference",
     )
-    done = run(arguments, environment={"WANDB_MODE": "offline"}, cold=True)
+    done = run(arguments, environment={"WANDB_MODE": "offline"})
     return inputs / "reference", done
 
 

@@ -421,9 +421,11 @@ def test_few_large_weights_are_solved_at_once(monkeypatch):
     # In float32 a weight takes two Gram matrices, and no copy because it has this dtype already.
     monkeypatch.setattr(engine, "CPU_BUDGET", 3 * 2 * 4 * 100**2)
     threads = []
+    get_num_threads = torch.get_num_threads
 
     def recorded(tasks, count, timeout):
         threads.append(count)
+        monkeypatch.setattr(torch, "get_num_threads", get_num_threads)  # run_tasks restores it
         return run_tasks(tasks, count, timeout)
 
     monkeypatch.setattr(engine, "run_tasks", recorded)
