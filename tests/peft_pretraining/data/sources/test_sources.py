@@ -285,6 +285,7 @@ def test_c4_mirror_without_validation(tmp_path):
         gzip.compress(b'{"text": null}\n{"text": "a"}\n'),
         None,
     ],
+    ids=["no gzip", "no text", "text is null", "cut short"],
 )
 def test_c4_mirror_with_a_broken_shard(tmp_path, content):
     shard = mirror(tmp_path) / "en/c4-train.00002-of-00005.json.gz"
