@@ -445,3 +445,25 @@ def test_loaded_decays_are_written_in_the_next_step():
     assert not decay.step(optimizer)  # update 3
     written = {g["weight_decay"] for g in optimizer.param_groups}
     assert written >= set(state["weight_decays"].values())
+
+
+def test_messages_say_what_to_use_instead():
+    model = small_model()
+    with pytest.raises(TypeError, match=r"argument 'colour': use \w+, \w+, "):
+        AlphaDecay(model, 0.1, colour="red")
+    decay = AlphaDecay(model, 0.1)
+    state = decay.state_dict()
+    state["weight_decays"] = {"other": 0.1, **state["weight_decays"]}
+    message = (
+        "the saved decays belong to other modules than this model's: 1 differ, the first is other; "
+        "use the model and the module flags that they were saved with"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        decay.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"attach once, and not after param_groups\(\)$"):
+        decay.attach(torch.optim.SGD(decay.param_groups(), lr=1, weight_decay=0.1))
+
+
+def test_adadecay_without_a_decay():
+    """No decay is a control, as it is for the other methods."""
+    assert alphadecay.AdaDecay(small_model(), 0.0).weight_decay == 0

@@ -51,3 +51,26 @@ def test_old_keywords_of_the_controls():
     assert old.weight_decays == new.weight_decays
     with pytest.raises(AttributeError, match="no_such_name"):
         alphadecay.no_such_name  # noqa: B018
+
+
+def test_old_keywords_of_the_fit():
+    weight = nn.Linear(64, 64).weight
+    with pytest.warns(DeprecationWarning, match=r"lowest.*ignored_fraction"):
+        old = alphadecay.eigenvalues(weight, lowest=0.5)
+    assert old.equal(alphadecay.eigenvalues(weight, ignored_fraction=0.5))
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    with pytest.warns(DeprecationWarning, match=r"\bmethod\b.*fit_method"):
+        old = AlphaDecay(model, 0.1, method="fix-finger")
+    assert old.weight_decays == AlphaDecay(model, 0.1, fit_method="fix-finger").weight_decays
+    assert old.weight_decays != AlphaDecay(model, 0.1).weight_decays
+
+
+@pytest.mark.parametrize("name", ["AWD", "AdaDecay"])
+def test_baselines_in_their_old_package(name):
+    package = importlib.import_module("alphadecay.baselines")
+    with pytest.warns(
+        DeprecationWarning, match=rf"alphadecay\.baselines\.{name}.*alphadecay\.{name}"
+    ):
+        assert getattr(package, name) is getattr(alphadecay, name)
+    with pytest.raises(AttributeError, match="'alphadecay.baselines' has no attribute 'AdamDecay'"):
+        package.AdamDecay  # noqa: B018

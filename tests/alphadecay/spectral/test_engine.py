@@ -20,7 +20,12 @@ from alphadecay.spectral.eigenvalues import (
     square_windows,
 )
 from alphadecay.spectral.engine import SpectralEngine
-from alphadecay.spectral.statistics import FAILURES
+from alphadecay.spectral.statistics import (
+    FAILURES,
+    ignored_fraction_of,
+    spectral_entropy,
+    spectral_row,
+)
 from alphadecay.spectral.thread_pool import run_tasks
 from tests.support import fork_server, reference
 from tests.support.spectra import spectrum_matrix
@@ -432,3 +437,24 @@ def test_few_large_weights_are_solved_at_once(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     SpectralEngine().rows(weights, [1.0] * 8, "alpha")
     assert threads == [3]
+
+
+def test_only_what_a_metric_ignores_may_be_rounded():
+    assert ignored_fraction_of("alpha") == 0.5
+    assert ignored_fraction_of("spectral_norm") == 1
+    assert ignored_fraction_of("entropy") == 0
+
+
+def test_a_score_without_a_power_law_is_a_failure():
+    """Equal eigenvalues have no exponent, but an entropy; zeros do not have that either."""
+    values = torch.ones(64, dtype=torch.float64)
+    failures = {m: spectral_row(values, 1.0, m)[1] for m in ("alpha", "alphahat", "entropy")}
+    assert failures["alpha"] == failures["alphahat"] > 0 == failures["entropy"]
+    assert "alpha is undefined" in FAILURES[failures["alphahat"]]
+    assert math.isnan(spectral_entropy(torch.zeros(64, dtype=torch.float64)))
+
+
+def test_a_weight_that_cannot_be_solved_holds_up_no_other():
+    bad = torch.full((64, 64), math.nan)
+    solved = SpectralEngine().device_spectra([bad, gaussian(64, 64, 0)], 0.5, (torch.float64,))
+    assert isinstance(solved[0], Exception) and isinstance(solved[1], torch.Tensor)
