@@ -61,3 +61,8 @@ def test_softplus_does_not_overflow():
     assert softplus(1e6) == 1e6
     assert softplus(-1e6) == 0.0
     assert softplus(0.3) == pytest.approx(math.log(1 + math.exp(0.3)))
+
+
+def test_without_blocks_all_modules_are_one_block():
+    one_block = assign_decays(SCORES, 0.1, "layerwise_sigmoid", blocks=["a"] * 4)
+    assert assign_decays(SCORES, 0.1, "layerwise_sigmoid").equal(one_block)

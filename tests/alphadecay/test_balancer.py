@@ -449,7 +449,7 @@ def test_loaded_decays_are_written_in_the_next_step():
 
 def test_messages_say_what_to_use_instead():
     model = small_model()
-    with pytest.raises(TypeError, match=r"argument 'colour': use \w+, \w+, "):
+    with pytest.raises(TypeError, match="argument 'colour': use xmin_pos, filter_zeros, remove"):
         AlphaDecay(model, 0.1, colour="red")
     decay = AlphaDecay(model, 0.1)
     state = decay.state_dict()
@@ -467,3 +467,23 @@ def test_messages_say_what_to_use_instead():
 def test_adadecay_without_a_decay():
     """No decay is a control, as it is for the other methods."""
     assert alphadecay.AdaDecay(small_model(), 0.0).weight_decay == 0
+
+
+def test_remove_last():
+    model = small_model()
+    names = [m.name for m in AlphaDecay(model, 0.1).modules]
+    assert [m.name for m in AlphaDecay(model, 0.1, remove_last=False).modules] == [*names, "5"]
+
+
+def test_a_small_weight_is_balanced_by_its_gradient_alone():
+    """A norm needs no spectrum. A power law needs more than two eigenvalues."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    assert len(AlphaDecay(model, 0.1, metric="gradnorm").modules) == 3
+    with pytest.raises(ValueError):
+        AlphaDecay(model, 0.1)
+
+
+def test_adamc_needs_to_know_the_hidden_weights():
+    optimizer = torch.optim.AdamW(small_model().parameters())
+    with pytest.raises(ValueError, match="AdamC needs to know which weights are followed by"):
+        alphadecay.install_decay_hooks(optimizer, peak_lr=1.0)
