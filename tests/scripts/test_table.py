@@ -310,11 +310,12 @@ def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
     for pid in (*fork_server.descendants(first.pid), first.pid):
         fork_server.kill(pid)
     first.communicate()
-    finished = [
-        path for path in tmp_path.glob("*/run.json") if "summary" in json.loads(path.read_text())
-    ]
-    assert len(finished) == 1
-    before = finished[0].stat().st_mtime_ns
+    finished = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.glob("*/run.json")
+        if "summary" in json.loads(path.read_text())
+    }
+    assert len(finished) in (1, 2)  # on a busy machine another one ends before the kill
 
     second = subprocess.Popen(words, **begun)
     assert any("INFO    model: " in line for line in second.stdout)
@@ -329,10 +330,9 @@ def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
 
     third = subprocess.run(words, capture_output=True, timeout=240, **settings)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert (
-        finished[0].stat().st_mtime_ns == before
-        and f"{finished[0].parent} is finished" in third.stdout
-    )
+    for path, before in finished.items():
+        assert path.stat().st_mtime_ns == before
+        assert f"{path.parent} is finished" in third.stdout
     assert "Rehearsed at a small scale" in third.stdout
     for fit in ("median", "goodness-of-fit", "fix-finger"):
         assert row_of(third.stdout, fit)[1].split(" [1]")[0].replace(".", "").isdigit()
