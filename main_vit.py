@@ -21,9 +21,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from alphadecay.cli.describe import MethodDescription, check_method, describe_method
 from alphadecay.cli.flags import add_flags, decay_from_flags, register_decay_hooks
+from alphadecay.cli.presets import method_name
 from alphadecay.cli.presets import parse_arguments as parse_with_method
 from peft_pretraining.cli.main import parse_or_exit, run_script
+from peft_pretraining.cli.published import VIT, published_differences
 from peft_pretraining.cli.vit import RESUME_ARGUMENTS, complete, vit_parser
 
 # -------------------------------------------------------------------------------------- arguments
@@ -33,8 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line. Raises UserError for arguments that do not fit each other."""
     parser = vit_parser()
     add_flags(parser)
+    args = parse_with_method(parser)
     # torchrun sets WORLD_SIZE. The size of an update follows from it.
-    return complete(parse_with_method(parser), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    return complete(args, int(os.environ.get("WORLD_SIZE", 1)), method_name(vars(args)))
 
 
 # The command line is parsed before the imports below, which take seconds because of torch and timm:
@@ -42,6 +46,8 @@ def parse_arguments() -> argparse.Namespace:
 # objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
 if __name__ == "__main__":
     ARGUMENTS = parse_or_exit(parse_arguments)
+    if ARGUMENTS.dry_run and os.environ.get("RANK", "0") != "0":
+        sys.exit()  # rank 0 alone prints what the command would do
     gc.disable()
 
 import torch
@@ -66,9 +72,10 @@ from peft_pretraining.optim.schedule import lr_factor
 from peft_pretraining.parallel.ddp import data_parallel
 from peft_pretraining.parallel.fsdp import exchange_gradients
 from peft_pretraining.parallel.process_group import DistributedContext, process_group
-from peft_pretraining.records.console import start_logging
+from peft_pretraining.records.console import block, start_logging
 from peft_pretraining.records.run_dir import run_lock
 from peft_pretraining.records.run_log import RunLog
+from peft_pretraining.records.wandb import describe_wandb
 from peft_pretraining.train.flops import BACKWARD_TO_FORWARD_RATIO
 from peft_pretraining.train.loop import (
     finish,
@@ -78,7 +85,13 @@ from peft_pretraining.train.loop import (
     write_run_report,
 )
 from peft_pretraining.train.profiler import profiled
-from peft_pretraining.train.resume import resolve_checkpoint, resume, truncate_records_after
+from peft_pretraining.train.resume import (
+    describe_start,
+    earlier_totals,
+    resolve_checkpoint,
+    resume,
+    truncate_records_after,
+)
 from peft_pretraining.train.signals import StopRequest
 from peft_pretraining.train.step import (
     WeightDecayScheduler,
@@ -219,6 +232,8 @@ class Run:
 
 def main(args: argparse.Namespace) -> None:
     """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+    if args.dry_run:
+        return dry_run(args)
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
     with process_group(device_type=args.device) as ranks, contextlib.ExitStack() as stack:
@@ -246,9 +261,8 @@ def main(args: argparse.Namespace) -> None:
         run_folder = Path(args.output_dir)
         if ranks.is_main:
             stack.enter_context(run_lock(run_folder))
-        resume_from = args.resume or ("auto" if args.auto_resume else None)
-        resume_from, checkpoint = resolve_checkpoint(resume_from, run_folder, ranks)
-        if checkpoint and resume_from == "auto" and step_of(checkpoint) >= schedule.total:
+        args.continue_from, checkpoint = resolve_checkpoint(args.continue_from, run_folder, ranks)
+        if checkpoint and args.continue_from == "auto" and step_of(checkpoint) >= schedule.total:
             logger.info(f"{run_folder} has made all {schedule.total} updates: nothing to do")
             if ranks.is_main:
                 # The run may have been killed after its last update and before its report.
@@ -256,12 +270,14 @@ def main(args: argparse.Namespace) -> None:
             return
 
         # Model, weight-decay scheduler, optimizer.
-        training = make_training(args, build_model(args).to(ranks.device))
-        parameters = sum(p.numel() for p in training.model.parameters())
-        logger.info(
-            f"model: {current_name(args.model)}, {parameters / 1e6:.1f}M parameters, "
-            f"{training.flops / 1e9:.2f} GFLOPs an image, {ranks.world_size} x {ranks.device.type}"
-        )
+        model = build_model(args)
+        method, lines = describe_run(args, model, schedule, ranks.world_size, ranks.device.type)
+        logger.info(block(args.name, lines))
+        for warning in method.warnings:
+            logger.warning(warning)
+        for sentence in published_differences(VIT, args, sys.argv[1:]):
+            logger.info(f"not as in the published code: {sentence}")
+        training = make_training(args, model.to(ranks.device))
 
         # Resume. Records that the earlier process wrote after its last checkpoint are removed,
         # because these updates will be made again.
@@ -276,6 +292,7 @@ def main(args: argparse.Namespace) -> None:
                 training.decay,
                 data.fingerprint,
                 ranks,
+                args.same_settings_only,
                 config=training.config,
                 extra=training.averages(),
             )
@@ -295,31 +312,84 @@ def main(args: argparse.Namespace) -> None:
             torch.bfloat16 if args.use_amp else torch.float32,
             ranks,
         )
-        logger.info(
-            f"update: {args.total_batch_size:,} images = micro-batches of {args.batch_size:,} x "
-            f"{args.update_freq} accumulated x {ranks.world_size} ranks; {args.epochs} epochs of "
-            f"{schedule.epoch:,} updates, {schedule.warmup:,} updates of warm-up"
-        )
         description = {
             "name": args.name,
             "arguments": vars(args),
+            "data": data.description,
             "model_config": training.config,
-            "parameters": parameters,
+            "parameters": sum(p.numel() for p in training.model.parameters()),
         }
         log = RunLog(
             run_folder,
             ranks,
-            description | work.record(),
+            description | method.record() | work.record(),
             args.wandb_name,
             args.tags,
-            project=args.project if args.enable_wandb and not args.no_wandb else None,
+            project=wandb_project(args),
             unit="images",
+            done=progress["update_step"],
         )
         checkpoints = Checkpoints(
             run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error
         )
         stack.enter_context(without_garbage_collection())
         train(args, Run(training, data, schedule, work, checkpoints, log), progress, ranks)
+
+
+def wandb_project(args: argparse.Namespace) -> str | None:
+    """Return the W&B project of the run; None if it is not recorded there."""
+    return args.project if args.enable_wandb and not args.no_wandb else None
+
+
+def describe_run(
+    args: argparse.Namespace, model: nn.Module, schedule: Schedule, world_size: int, device: str
+) -> tuple[MethodDescription, dict[str, str]]:
+    """Return the weight-decay method, and the lines that are logged before the training."""
+    method = describe_method(args, model, AWD_FACTOR)
+    parameters = sum(p.numel() for p in model.parameters())
+    saves = (
+        f"a checkpoint every {args.save_ckpt_freq} epochs" if args.save_ckpt else "nothing saved"
+    )
+    return method, {
+        "method": f"{method.name}: {method.details}",
+        "optimizer": f"{args.optimizer}, learning rate {args.lr:g} after {schedule.warmup:,} "
+        f"updates of warm-up, then cosine to {args.min_lr:g}",
+        "model": f"{current_name(args.model)}, {parameters / 1e6:.1f}M parameters, "
+        f"{'bfloat16 autocast' if args.use_amp else 'float32'}, {world_size} x {device}",
+        "length": f"{args.epochs} epochs of {schedule.epoch:,} updates, {schedule.total:,} updates",
+        "update": f"{args.total_batch_size:,} images = micro-batches of {args.batch_size:,} x "
+        f"{args.update_freq} accumulated x {world_size} process{'es' if world_size > 1 else ''}",
+        "records": f"{args.output_dir}, {describe_wandb(wandb_project(args))}; {saves}",
+    }
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print what the command would do. Raises UserError for what the training would refuse."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_images(args.data_set, args.data_path, args.eval_data_path, args.nb_classes)
+    model = build_model(args)
+    schedule = Schedule.of(args, len(data.train))
+    method, lines = describe_run(args, model, schedule, world_size, device)
+    try:
+        check_method(args, model, AWD_FACTOR)
+        groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
+        register_decay_hooks(args, optimizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    # The gradients are kept twice if they are exchanged; Adam has two moments.
+    state = size * (4 + (world_size > 1) + args.model_ema)
+    lines["data"] = data.description
+    lines["memory"] = (
+        f"{state / 1e9:.2g} GB on each device for weights, gradients and moments, and the "
+        "activations of a micro-batch, which are not estimated"
+    )
+    lines["start"] = describe_start(args.continue_from, Path(args.output_dir))
+    print(block(f"{args.name} (dry run: nothing is trained)", lines))
+    notes = [*method.warnings, *published_differences(VIT, args, sys.argv[1:])]
+    print("".join(f"note: {note}\n" for note in notes), end="")
 
 
 # ---------------------------------------------------------------------------- model and optimizer
@@ -459,12 +529,16 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     statistics = BatchNormSync(model, ranks)
     stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
     meter = ThroughputMeter(
-        run.work, progress["update_step"], progress["images_seen"], ranks.device
+        run.work,
+        progress["update_step"],
+        progress["images_seen"],
+        ranks.device,
+        earlier_totals(log.folder, progress["update_step"]) if ranks.is_main else None,
     )
     steps = meter.time_data(build_train_loader(args, run.data, progress["update_step"], ranks))
     # The analysis of the initial weights.
     log.modules(training.decay.history if training.decay else [])
-    log.start_bar(schedule.total, progress["update_step"])
+    log.start_progress(schedule.total, progress["update_step"])
     saved = progress["update_step"]
 
     for update in profiled(range(saved + 1, schedule.total + 1), args.profile, log.folder, ranks):
@@ -480,7 +554,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             stop_reason = guard.failure(update - 1, "--clip_grad")
         if stop_reason is not None:
             if saved < update - 1:
-                save(args, run, progress)
+                save(args, run, progress, meter)
             checkpoints.finish()
             advice = "the same command goes on" if args.save_ckpt else "nothing was saved"
             return stop_early(stop_reason, update - 1, log, advice)
@@ -556,12 +630,12 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
                 except UserError:
                     # For instance a validation image that cannot be read. What has been trained so
                     # far is saved first.
-                    save(args, run, progress)
+                    save(args, run, progress, meter)
                     checkpoints.finish()
                     raise
         if saves:
             with meter.exclude():
-                save(args, run, progress)
+                save(args, run, progress, meter)
                 saved = update
         if logs or evaluates or saves:
             # Python's garbage collector is off, see `without_garbage_collection`. Here it runs on
@@ -650,10 +724,10 @@ def autocast_context(args: argparse.Namespace, ranks: DistributedContext) -> tor
 
 
 def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: DistributedContext) -> None:
-    """Evaluate the model of --resume or --finetune and print its accuracy."""
+    """Evaluate the model of --continue_from or --finetune and print its accuracy."""
     model = build_model(args)  # with the weights of --finetune, if it is given
-    if args.resume:
-        checkpoint = find_checkpoint(args.resume, Path(args.output_dir), ranks)
+    if args.continue_from and not args.same_settings_only:
+        checkpoint = find_checkpoint(args.continue_from, Path(args.output_dir), ranks)
         assert checkpoint is not None  # only `auto` finds none without an error
         load_weights(model, checkpoint / WEIGHTS)
     model = model.to(ranks.device)
@@ -710,10 +784,11 @@ def accuracy_line(result: dict) -> str:
     )
 
 
-def save(args: argparse.Namespace, run: Run, progress: dict) -> None:
+def save(args: argparse.Namespace, run: Run, progress: dict, meter: ThroughputMeter) -> None:
     """Start to save a checkpoint in the background, with everything that a resumed run needs."""
     if not args.save_ckpt:
         return
+    run.log.checkpoint(progress["update_step"], meter.totals())
     training = run.training
     trainer = {
         "progress": progress,

@@ -19,10 +19,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from alphadecay.cli.describe import MethodDescription, check_method, describe_method
 from alphadecay.cli.flags import add_flags, decay_from_flags, register_decay_hooks
+from alphadecay.cli.presets import method_name
 from alphadecay.cli.presets import parse_arguments as parse_with_method
 from peft_pretraining.cli.llama import RESUME_ARGUMENTS, complete, llama_parser, packing_mode
 from peft_pretraining.cli.main import parse_or_exit, run_script
+from peft_pretraining.cli.published import LLAMA, published_differences
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -31,8 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line. Raises UserError for arguments that do not fit each other."""
     parser = llama_parser()
     add_flags(parser)
+    args = parse_with_method(parser)
     # torchrun sets WORLD_SIZE. Batch sizes are checked against it before anything is loaded.
-    return complete(parse_with_method(parser), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    return complete(args, int(os.environ.get("WORLD_SIZE", 1)), method_name(vars(args)))
 
 
 # The command line is parsed before the imports below, which take seconds because of torch:
@@ -40,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
 # objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
 if __name__ == "__main__":
     ARGUMENTS = parse_or_exit(parse_arguments)
+    if ARGUMENTS.dry_run and os.environ.get("RANK", "0") != "0":
+        sys.exit()  # rank 0 alone prints what the command would do
     gc.disable()
 
 import torch
@@ -54,6 +60,7 @@ from peft_pretraining.checkpoint.save import Checkpoints
 from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.data.dataset import Data, load_data
 from peft_pretraining.data.loader import Step, merge_positions, training_batches, validation_batches
+from peft_pretraining.data.preview import preview_data
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import LlamaConfig, load_config
 from peft_pretraining.model.linear_cross_entropy import resolve_loss
@@ -65,9 +72,10 @@ from peft_pretraining.optim.schedule import lr_factor
 from peft_pretraining.parallel.ddp import data_parallel
 from peft_pretraining.parallel.fsdp import exchange_gradients, shard_model
 from peft_pretraining.parallel.process_group import DistributedContext, process_group
-from peft_pretraining.records.console import start_logging
+from peft_pretraining.records.console import block, start_logging
 from peft_pretraining.records.run_dir import run_lock
 from peft_pretraining.records.run_log import RunLog
+from peft_pretraining.records.wandb import describe_wandb
 from peft_pretraining.train.evaluation import evaluate
 from peft_pretraining.train.flops import llama_flops
 from peft_pretraining.train.loop import (
@@ -79,6 +87,8 @@ from peft_pretraining.train.loop import (
 )
 from peft_pretraining.train.profiler import profiled
 from peft_pretraining.train.resume import (
+    describe_start,
+    earlier_totals,
     resolve_checkpoint,
     resume,
     saved_argument,
@@ -132,6 +142,8 @@ class Run:
 
 def main(args: argparse.Namespace) -> None:
     """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+    if args.dry_run:
+        return dry_run(args)
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
     with process_group(args.single_cuda) as ranks, contextlib.ExitStack() as stack:
@@ -140,6 +152,12 @@ def main(args: argparse.Namespace) -> None:
         start_logging(ranks)
         seed_random_generators(args.seed)
         config = load_config(args.model_config)
+        method, lines = describe_run(args, config, ranks.world_size, ranks.device.type)
+        logger.info(block(args.name, lines))
+        for warning in method.warnings:
+            logger.warning(warning)
+        for sentence in published_differences(LLAMA, args, sys.argv[1:]):
+            logger.info(f"not as in the published code: {sentence}")
         run_folder = Path(args.save_dir)
 
         # Where to start. The lock keeps a second process, for instance a job that was queued twice,
@@ -173,11 +191,6 @@ def main(args: argparse.Namespace) -> None:
         # Model, weight-decay scheduler, optimizer. The scheduler analyses the initial weights and
         # decides how the parameters are grouped, so it comes before the optimizer.
         model = prepare_model(args, config, data.tokenizer.eos_id, checkpoint, ranks)
-        parameters = sum(p.numel() for p in model.parameters())
-        logger.info(
-            f"model: {parameters / 1e6:.1f}M parameters, {args.dtype}, "
-            f"{ranks.world_size} x {ranks.device.type}"
-        )
         decay, optimizer = build_decay_and_optimizer(args, model)
 
         # Resume. Records that the earlier process wrote after its last checkpoint are removed,
@@ -193,6 +206,7 @@ def main(args: argparse.Namespace) -> None:
                 decay,
                 data.fingerprint,
                 ranks,
+                args.same_settings_only,
             )
         if ranks.is_main:
             truncate_records_after(checkpoint, run_folder)
@@ -207,31 +221,104 @@ def main(args: argparse.Namespace) -> None:
             torch.float32 if args.dtype == "float32" else torch.bfloat16,
             ranks,
         )
-        logger.info(
-            f"update: {args.total_batch_size * args.max_length:,} tokens = sequences of "
-            f"{args.max_length:,} x micro-batches of {args.batch_size:,} x "
-            f"{args.gradient_accumulation} accumulated x {ranks.world_size} ranks; "
-            f"{args.num_training_steps:,} updates, {args.warmup_steps:,} of warm-up"
-        )
         description = {
             "name": args.name,
             "arguments": vars(args),
+            "data": data.description,
             "model_config": config.to_dict(),
-            "parameters": parameters,
+            "parameters": sum(p.numel() for p in model.parameters()),
         }
         log = RunLog(
             run_folder,
             ranks,
-            description | work.record(),
+            description | method.record() | work.record(),
             args.wandb_name,
             args.tags,
-            project=None if args.no_wandb else "alphadecay",
+            project=None if args.no_wandb else args.project,
+            done=progress["update_step"],
         )
         checkpoints = Checkpoints(
             run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error
         )
         stack.enter_context(without_garbage_collection())
         train(args, Run(model, optimizer, decay, data, work, checkpoints, log), progress, ranks)
+
+
+def describe_run(
+    args: argparse.Namespace, config: LlamaConfig, world_size: int, device: str
+) -> tuple[MethodDescription, dict[str, str]]:
+    """Return the weight-decay method, and the lines that are logged before anything else."""
+    with torch.device("meta"):  # shapes without values: this needs neither time nor memory
+        model = build_model(config, args.use_hf_model)
+    method = describe_method(args, model, AWD_FACTOR)
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = args.total_batch_size * args.max_length
+    return method, {
+        "method": f"{method.name}: {method.details}",
+        "optimizer": f"{args.optimizer}, learning rate {args.lr:g} after {args.warmup_steps:,} "
+        f"updates of warm-up, then {args.scheduler} to {args.min_lr_ratio * args.lr:g}",
+        "model": f"{args.model_config}, {parameters / 1e6:.1f}M parameters, {args.dtype}, "
+        f"{world_size} x {device}" + f", {args.parallel}" * (world_size > 1),
+        "length": f"{args.num_training_steps:,} updates, {args.num_training_steps * tokens:,} "
+        "tokens with padding",
+        "update": f"{tokens:,} tokens = sequences of {args.max_length:,} x micro-batches of "
+        f"{args.batch_size:,} x {args.gradient_accumulation} accumulated x {world_size} "
+        f"process{'es' if world_size > 1 else ''}",
+        "records": f"{args.save_dir}, "
+        f"{describe_wandb(None if args.no_wandb else args.project)}; a checkpoint every "
+        f"{args.save_every:,} updates and at the end",
+    }
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print what the command would do. Raises UserError for what the training would refuse."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = load_config(args.model_config)
+    method, lines = describe_run(args, config, world_size, device)
+    with torch.device("meta"):
+        model = build_model(config, args.use_hf_model)
+    model = model.to(torch.bfloat16) if args.dtype == "bfloat16" else model
+    try:
+        check_method(args, model, AWD_FACTOR)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+    try:
+        optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
+        register_decay_hooks(args, optimizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    lines["data"] = preview_data(
+        args.dataset, args.tokenizer, args.validation_file, args.stream, args.packing
+    )
+    lines["memory"] = memory_plan(args, world_size)
+    lines["start"] = describe_start(args.continue_from, Path(args.save_dir))
+    print(block(f"{args.name} (dry run: nothing is trained)", lines))
+    notes = [*method.warnings, *published_differences(LLAMA, args, sys.argv[1:])]
+    print("".join(f"note: {note}\n" for note in notes), end="")
+
+
+def memory_plan(args: argparse.Namespace, world_size: int) -> str:
+    """Return the estimated memory of the fullest GPU as a line."""
+    from scripts.cluster.cost_model import estimate_memory, read_model
+
+    strategy = args.parallel if world_size > 1 else "ddp"
+    if strategy == "fsdp" and args.fsdp_shard_size:
+        strategy = "hsdp"
+    memory = estimate_memory(
+        read_model(args.model_config),
+        strategy,
+        world_size,
+        args.batch_size,
+        args.max_length,
+        args.dtype,
+    )
+    parts = ", ".join(
+        f"{name} {getattr(memory, name) / 1e9:.2g}"
+        for name in ("weights", "gradients", "moments", "activations", "logits")
+    )
+    return f"about {memory.peak / 1e9:.2g} GB on each GPU at the peak ({parts}); estimated"
 
 
 # ---------------------------------------------------------------------------- model and optimizer
@@ -349,7 +436,11 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     )
     stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
     meter = ThroughputMeter(
-        run.work, progress["update_step"], progress["tokens_seen"], ranks.device
+        run.work,
+        progress["update_step"],
+        progress["tokens_seen"],
+        ranks.device,
+        earlier_totals(log.folder, progress["update_step"]) if ranks.is_main else None,
     )
     # What a global batch contains depends on the seed and the number of the update only, not on the
     # number of ranks. A resumed run starts reading at `position`.
@@ -368,7 +459,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         )
     )
     log.modules(run.decay.history if run.decay else [])  # the analysis of the initial weights
-    log.start_bar(args.num_training_steps, progress["update_step"])
+    log.start_progress(args.num_training_steps, progress["update_step"])
     saved = progress["update_step"]
 
     updates = range(saved + 1, args.num_training_steps + 1)
@@ -388,9 +479,9 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             stop_reason = guard.failure(update - 1, "--grad_clipping")
         if stop_reason is not None:
             if saved < update - 1:
-                save(args, run, progress, ranks)
+                save(args, run, progress, ranks, meter)
             checkpoints.finish()
-            advice = "the same command with --continue_from auto goes on"
+            advice = "the same command goes on"
             return stop_early(stop_reason, update - 1, log, advice)
         assert step is not None  # `next_step` returns a step or a reason to stop
 
@@ -456,7 +547,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
                 evaluate_and_log(args, run, update, autocast, ranks)
         if saves:
             with meter.exclude():
-                save(args, run, progress, ranks)
+                save(args, run, progress, ranks, meter)
                 saved = update
         if logs or evaluates or saves:
             # Python's garbage collector is off, see `without_garbage_collection`. Here it runs on
@@ -563,8 +654,15 @@ def evaluate_and_log(
     )
 
 
-def save(args: argparse.Namespace, run: Run, progress: dict, ranks: DistributedContext) -> None:
+def save(
+    args: argparse.Namespace,
+    run: Run,
+    progress: dict,
+    ranks: DistributedContext,
+    meter: ThroughputMeter,
+) -> None:
     """Start to save a checkpoint in the background, with everything that a resumed run needs."""
+    run.log.checkpoint(progress["update_step"], meter.totals())
     positions = ranks.gather_objects(progress["position"])
     if positions is not None:  # on rank 0
         # The positions of all ranks are merged, so that a run can be resumed with another number

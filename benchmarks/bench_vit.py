@@ -71,7 +71,7 @@ def settings(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
         f" --data_path {folder} --model_ema true --num_workers {options.num_workers} --epochs "
         "1000000"
     )
-    return complete(parser.parse_args(words.split()), world_size=1)
+    return complete(parser.parse_args(words.split()), 1, "uniform")
 
 
 class Ours:

@@ -22,7 +22,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         prog="python -m peft_pretraining.evaluate_checkpoint",
         description="Evaluate finished runs on other text.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",

@@ -26,7 +26,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         prog="python -m peft_pretraining.prepare_data",
         description="Tokenize a source once, for training with --dataset FOLDER.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--dataset",

@@ -6,10 +6,10 @@ Importing this module and building the parser does not load torch.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from alphadecay.cli.presets import METHOD_PRESETS
-from alphadecay.cli.types import str_to_bool, type_multipliers
+from alphadecay.cli.presets import METHOD_OPTIONS, METHOD_PRESETS
+from alphadecay.cli.types import method, str_to_bool, type_multipliers
 from alphadecay.constants import BATCHNORM_TYPES, FIT_METHODS, MAPS, METRICS, SCOPES
 
 if TYPE_CHECKING:
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from alphadecay.baselines.awd import AWD
 
 
+# A flag that turns something on, and also takes true and false, as in published commands.
+SWITCH: dict[str, Any] = {
+    "type": str_to_bool,
+    "nargs": "?",
+    "const": True,
+    "default": False,
+    "metavar": "BOOL",
+}
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of AlphaDecay, of its baselines and of its controls.
 
@@ -29,17 +39,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("module-wise weight decay (AlphaDecay)")
     group.add_argument(
         "--method",
-        choices=METHOD_PRESETS,
-        help="a method by its name: sets the flags below that it stands for",
+        type=method,
+        metavar="NAME",
+        help="a method by its name, which sets the flags below that it stands for: "
+        f"{', '.join(METHOD_PRESETS)}. Options are added by +, as in alphadecay+iso_budget: "
+        f"{', '.join(METHOD_OPTIONS)} (default: the method that the flags below give)",
     )
     group.add_argument(
         "--use_modulewise_wd",
-        action="store_true",
+        **SWITCH,
         help="give each module its own weight decay (default: --weight_decay everywhere)",
     )
     group.add_argument(
         "--alpha_positively_with_WD",
-        action="store_true",
+        **SWITCH,
         help="the decay rises with the score (the method); without it the order is reversed "
         "(a control)",
     )
@@ -140,7 +153,7 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--esd_async",
-        action="store_true",
+        **SWITCH,
         help="analyse in the background while training goes on; the new decays take effect "
         "--esd_lag updates later",
     )
@@ -157,28 +170,28 @@ def _add_baselines_and_controls(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the baselines, of the controls, and of AdamC and cautious decay."""
     group.add_argument(
         "--use_AWD_NeurIPS2023",
-        action="store_true",
+        **SWITCH,
         help="baseline: adaptive weight decay (Ghiasi et al. 2023)",
     )
     group.add_argument(
         "--use_AdaDecay",
-        action="store_true",
+        **SWITCH,
         help="baseline: a decay for each element at each step (Nakamura and Hong 2019)",
     )
     group.add_argument(
         "--iso_budget",
-        action="store_true",
+        **SWITCH,
         help="rescale module-wise decays so that their mean, weighted by parameters, is "
         "--weight_decay",
     )
     group.add_argument(
         "--one_shot",
-        action="store_true",
+        **SWITCH,
         help="control: freeze the decays after the first analysis during training",
     )
     group.add_argument(
         "--shuffle_decays",
-        action="store_true",
+        **SWITCH,
         help="control: permute the decays over the modules, in a fixed random order",
     )
     group.add_argument(
@@ -189,7 +202,7 @@ def _add_baselines_and_controls(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--type_constant",
-        action="store_true",
+        **SWITCH,
         help="control: one constant decay for each module type, without any spectrum",
     )
     group.add_argument(
@@ -203,12 +216,12 @@ def _add_baselines_and_controls(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--adamc",
-        action="store_true",
+        **SWITCH,
         help="the weights of all layers but the last decay by lr^2 / peak lr (Defazio 2025)",
     )
     group.add_argument(
         "--cautious_decay",
-        action="store_true",
+        **SWITCH,
         help="decay only the elements that the update also moves towards zero",
     )
 

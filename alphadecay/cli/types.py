@@ -2,14 +2,16 @@
 
 import argparse
 
+from alphadecay.cli.presets import method_flags
+
 
 def str_to_bool(text: str) -> bool:
-    """Parse 'true' or 'false', in upper or lower case.
+    """Parse 'true' or 'false', in upper or lower case; an empty text is false.
 
     Raises:
         argparse.ArgumentTypeError: the text is neither.
     """
-    if text.lower() not in ("true", "false"):
+    if text.lower() not in ("true", "false", ""):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
@@ -27,3 +29,16 @@ def type_multipliers(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of multipliers: give for instance q_proj=0.8,down_proj=1.2"
         ) from None
+
+
+def method(text: str) -> str:
+    """Check a value of `--method`, such as `alphadecay` or `gradnorm+iso_budget`, and return it.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not the name of a method.
+    """
+    try:
+        method_flags(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

@@ -1,12 +1,15 @@
 """Command-line arguments that both training scripts have: parser, types, groups, run names."""
 
 import argparse
-from typing import NoReturn
+import os
+from typing import Any, NoReturn
 
 from peft_pretraining.constants import OPTIMIZERS
 from peft_pretraining.errors import UserError
 
 DTYPES = ("bfloat16", "bf16_mixed", "float32")
+# Other words that people type for them.
+DTYPE_WORDS = {"bf": "bfloat16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 ON_SAVE_ERROR = ("continue", "stop")
 PARALLEL = ("ddp", "fsdp")
 MAX_TAG_LENGTH = 64  # characters, the limit of W&B
@@ -15,20 +18,55 @@ MAX_TAG_LENGTH = 64  # characters, the limit of W&B
 class Parser(argparse.ArgumentParser):
     """A parser that reports an error in one sentence, without printing the usage of all flags."""
 
+    def __init__(self, **options: Any):
+        super().__init__(
+            **options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError with argparse's message."""
         raise UserError(f"{message}; see --help")
 
 
 def str_to_bool(text: str) -> bool:
-    """Parse 'true' or 'false' (case-insensitive).
+    """Parse 'true' or 'false' (case-insensitive); an empty text is false, as in published commands.
 
     Raises:
         argparse.ArgumentTypeError: the text is neither.
     """
-    if text.lower() not in ("true", "false"):
+    if text.lower() not in ("true", "false", ""):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def dtype(text: str) -> str:
+    """Return the value of --dtype that a word stands for, such as `bfloat16` for `bf16`.
+
+    Raises:
+        argparse.ArgumentTypeError: the word is unknown, or means float16.
+    """
+    name = DTYPE_WORDS.get(text.lower(), text)
+    if name in ("fp16", "float16", "half"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: float16 is not supported; give bfloat16, or bf16_mixed to keep float32 "
+            "parameters"
+        )
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DTYPES)}")
+    return name
+
+
+def add_switch(group: argparse._ArgumentGroup, name: str, help: str) -> None:
+    """Add a flag that turns something on; `--name true` and `--name false` work too."""
+    group.add_argument(
+        f"--{name}",
+        type=str_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help=f"{help.rstrip('.')} (default false).",
+    )
 
 
 def add_optimizer(group: argparse._ArgumentGroup, lr: float, weight_decay: float) -> None:
@@ -41,6 +79,7 @@ def add_optimizer(group: argparse._ArgumentGroup, lr: float, weight_decay: float
     """
     group.add_argument(
         "--optimizer",
+        type=str.lower,
         choices=OPTIMIZERS,
         default="adam",
         help="adam adds the weight decay to the gradient (L2). adamw decouples it from the "
@@ -80,47 +119,80 @@ def add_records(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--wandb_name", help="Name of the run in W&B (default: --name).")
     group.add_argument(
-        "--no_wandb",
-        action="store_true",
-        help="Write the records to the run folder only, not to W&B.",
+        "--project", help="W&B project (default: $WANDB_PROJECT if it is set, else alphadecay)."
     )
-    group.add_argument("--tags", default="", help="W&B tags, separated by commas.")
+    add_switch(group, "no_wandb", "Write the records to the run folder only, not to W&B")
+    group.add_argument("--tags", default="", help="W&B tags, separated by commas (default: none).")
     group.add_argument(
         "--log_every",
         type=int,
         default=10,
-        help="Number of updates between two lines of metrics.jsonl (default 10).",
+        help="Number of updates between two lines of metrics.jsonl, and of the log where there is "
+        "no progress bar (default 10).",
+    )
+    add_switch(
+        group,
+        "profile",
+        "Write a torch profiler trace of updates 4 to 6 of rank 0 to RUN/profile/rank0.json.gz",
+    )
+    add_switch(
+        group,
+        "dry_run",
+        "Print what this command would do (method, batch, memory, data, records), and train "
+        "nothing",
+    )
+
+
+def add_resume(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say where a run continues."""
+    group.add_argument(
+        "--continue_from",
+        "--resume",
+        metavar="WHERE",
+        help="Where to start. auto: from the newest checkpoint of this run's folder, if there is "
+        "one. none: from scratch. Otherwise a checkpoint, or another run's folder, whose newest "
+        "checkpoint is taken. (default: auto, but only if the checkpoint was made with the same "
+        "settings)",
     )
     group.add_argument(
-        "--profile",
-        action="store_true",
-        help="Write a torch profiler trace of updates 4 to 6 of rank 0 to "
-        "RUN/profile/rank0.json.gz.",
+        "--auto_resume",
+        type=str_to_bool,
+        default=True,
+        metavar="BOOL",
+        help="false is --continue_from none (default true).",
     )
 
 
-def method_name(args: argparse.Namespace) -> str:
-    """Return the method and the options added to it, e.g. `alphadecay` or `gradnorm+iso_budget`."""
-    kinds = {
-        "alphadecay": args.use_modulewise_wd,
-        "awd": args.use_AWD_NeurIPS2023,
-        "adadecay": args.use_AdaDecay,
-        "uniform": True,
-    }
-    name = args.method or next(kind for kind, on in kinds.items() if on)
-    options = ["iso_budget", "adamc", "cautious_decay"]
-    if not args.method:
-        # The value of --method already says which of these are on.
-        options = ["one_shot", "shuffle_decays", "type_constant", *options]
-    return "+".join([name, *(option for option in options if getattr(args, option))])
+def complete_resume(args: argparse.Namespace) -> None:
+    """Fill in --continue_from.
+
+    Args:
+        args: the parsed arguments, changed in place. `continue_from` becomes None for a start from
+            scratch. `same_settings_only` says whether a checkpoint with other settings is refused.
+
+    Raises:
+        UserError: the two flags contradict each other.
+    """
+    args.same_settings_only = args.continue_from is None
+    if not args.auto_resume:
+        if args.continue_from not in (None, "none"):
+            raise UserError(
+                f"--auto_resume false contradicts --continue_from {args.continue_from}: leave one "
+                "of the two out"
+            )
+        args.continue_from = "none"
+    args.continue_from = args.continue_from or "auto"
+    if args.continue_from == "none":
+        args.continue_from = None
 
 
-def name_run(args: argparse.Namespace, model: str) -> None:
+def name_run(args: argparse.Namespace, model: str, method: str) -> None:
     """Fill in the names of the run, and check the flags that both scripts have.
 
     Args:
         args: the parsed arguments, changed in place.
         model: name of the model, which becomes a part of the run's name.
+        method: name of the method, likewise.
 
     Raises:
         UserError: a flag contradicts another one or is out of range.
@@ -131,11 +203,11 @@ def name_run(args: argparse.Namespace, model: str) -> None:
             "swap them"
         )
     settings = (
-        f"{model}-{method_name(args)}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}"
-        f"-seed{args.seed}"
+        f"{model}-{method}-{args.optimizer}-lr{args.lr:g}-wd{args.weight_decay:g}-seed{args.seed}"
     )
     args.name = args.name or args.wandb_name or settings
     args.wandb_name = args.wandb_name or args.name
+    args.project = args.project or os.environ.get("WANDB_PROJECT") or "alphadecay"
     args.tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]
     if any(len(tag) > MAX_TAG_LENGTH for tag in args.tags):
         raise UserError(

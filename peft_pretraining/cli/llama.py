@@ -11,7 +11,11 @@ from peft_pretraining.cli.common import (
     Parser,
     add_optimizer,
     add_records,
+    add_resume,
+    add_switch,
     check_numbers,
+    complete_resume,
+    dtype,
     name_run,
 )
 from peft_pretraining.constants import LOSS_NAMES
@@ -21,6 +25,7 @@ from peft_pretraining.optim.schedule import SCHEDULERS
 if TYPE_CHECKING:
     from peft_pretraining.data.sequences import Packing
 
+DEFAULT_TOTAL_BATCH, MAX_DEFAULT_BATCH = 512, 256  # sequences, as in the published commands
 PACKING_ATTENTION = ("across", "within")
 
 # Arguments that are stored in a checkpoint and compared when a run is resumed. A difference is a
@@ -91,6 +96,13 @@ POSITIVE = (
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "workers", "grad_clipping", "min_lr_ratio", "seed")
 
 
+EXAMPLE = """example:
+  torchrun --nproc_per_node=2 torchrun_main.py --model_config configs/llama_9m.json \\
+      --dataset pydocs --tokenizer bpe --method alphadecay --dtype float32 \\
+      --total_batch_size 32 --num_training_steps 1000
+"""
+
+
 def token_count(text: str) -> int:
     """Parse a number of tokens: `100M` is 100,000,000, `1B` is 1,000,000,000; also plain numbers.
 
@@ -114,7 +126,7 @@ def llama_parser() -> Parser:
     parser = Parser(
         prog="torchrun_main.py",
         description="Pretrain LLaMA with module-wise weight decay.",
-        allow_abbrev=False,
+        epilog=EXAMPLE,
     )
     _add_model_and_data(parser.add_argument_group("model and data"))
     _add_training(parser.add_argument_group("training"))
@@ -129,10 +141,10 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="Model config, for instance configs/llama_60m.json.",
     )
-    group.add_argument(
-        "--use_hf_model",
-        action="store_true",
-        help="Train transformers' implementation of LLaMA instead of the built-in one.",
+    add_switch(
+        group,
+        "use_hf_model",
+        "Train transformers' implementation of LLaMA instead of the built-in one.",
     )
     group.add_argument(
         "--dataset",
@@ -142,10 +154,10 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
         "no network), a .jsonl, .txt or .parquet file (also .gz, .xz, .zst), a folder of such "
         "files, or a folder that peft_pretraining.prepare_data has written (default c4).",
     )
-    group.add_argument(
-        "--stream",
-        action="store_true",
-        help="Read and tokenize files during training instead of tokenizing them before it. "
+    add_switch(
+        group,
+        "stream",
+        "Read and tokenize files during training instead of tokenizing them before it. "
         "c4 is always streamed.",
     )
     group.add_argument(
@@ -172,10 +184,10 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="Stop before any data is used more than N times (default: no limit).",
     )
-    group.add_argument(
-        "--packing",
-        action="store_true",
-        help="Use sequences without padding in training and validation: the documents are "
+    add_switch(
+        group,
+        "packing",
+        "Use sequences without padding in training and validation: the documents are "
         "concatenated, separated by the end-of-sequence id, and cut into windows.",
     )
     group.add_argument(
@@ -205,8 +217,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch_size",
         type=int,
-        default=256,
-        help="Sequences in a micro-batch of one process (default 256).",
+        help="Sequences in a micro-batch of one process (default: the largest number up to 256 "
+        "that divides the sequences of a process).",
     )
     group.add_argument(
         "--total_batch_size",
@@ -256,7 +268,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        type=dtype,
+        metavar="{" + ",".join(DTYPES) + "}",
         default="bfloat16",
         help="bfloat16: bfloat16 parameters, as in the published runs (default). bf16_mixed: "
         "float32 parameters with bfloat16 autocast. This is recommended for new runs, because "
@@ -278,10 +291,10 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="Compile the transformer blocks with torch.compile; auto does so on a GPU (default "
         "auto). On a CPU this needs a C++ compiler.",
     )
-    group.add_argument(
-        "--activation_checkpointing",
-        action="store_true",
-        help="Recompute activations in the backward pass. This needs less memory and more time.",
+    add_switch(
+        group,
+        "activation_checkpointing",
+        "Recompute activations in the backward pass. This needs less memory and more time.",
     )
     group.add_argument(
         "--parallel",
@@ -298,10 +311,10 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="With --parallel fsdp: number of processes that share one copy of the model, for "
         "instance those of a node (default: all).",
     )
-    group.add_argument(
-        "--single_cuda",
-        action="store_true",
-        help="Require exactly one process with one GPU, without a process group.",
+    add_switch(
+        group,
+        "single_cuda",
+        "Require exactly one process with one GPU, without a process group.",
     )
 
 
@@ -337,21 +350,23 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="Never delete the checkpoint of an update that is a multiple of M.",
     )
     group.add_argument("--save_dir", metavar="FOLDER", help="Run folder (default runs/NAME).")
-    group.add_argument(
-        "--continue_from",
-        metavar="WHERE",
-        help="Resume from a checkpoint, from the newest checkpoint of a run folder, or with auto "
-        "from the newest checkpoint of this run, if there is one.",
-    )
+    add_resume(group)
     add_records(group)
+    group.add_argument(
+        "--beta1",
+        type=float,
+        help="Accepted for published commands, where Adafactor alone reads it. It has no effect: "
+        "the betas of Adam are 0.9 and 0.999 (default: none).",
+    )
 
 
-def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
+def complete(args: argparse.Namespace, world_size: int, method: str) -> argparse.Namespace:
     """Fill in the arguments that follow from others, and check that they fit each other.
 
     Args:
         args: the parsed arguments, changed in place.
         world_size: number of processes.
+        method: name of the weight-decay method.
 
     Returns:
         The same arguments.
@@ -380,7 +395,8 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
             "--keep_every has an effect only with --keep_checkpoints N: give both, or leave both "
             "out to keep all checkpoints"
         )
-    name_run(args, args.model_config.rsplit("/", 1)[-1].removesuffix(".json"))
+    complete_resume(args)
+    name_run(args, args.model_config.rsplit("/", 1)[-1].removesuffix(".json"), method)
     args.save_dir = args.save_dir or f"runs/{args.name}"
     return args
 
@@ -416,26 +432,37 @@ def _check_parallel(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _complete_batch(args: argparse.Namespace, world_size: int) -> None:
-    """Compute whichever of total batch size and gradient accumulation is not given."""
-    per_micro_batch = args.batch_size * world_size  # sequences, over all processes
-    if args.total_batch_size is None:
-        accumulation = args.gradient_accumulation
-        args.total_batch_size = per_micro_batch * accumulation if accumulation else 512
-    if args.total_batch_size % per_micro_batch:
-        processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    """Compute those of micro-batch, total batch and gradient accumulation that are not given."""
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    total, accumulation = args.total_batch_size, args.gradient_accumulation
+    if total is None and args.batch_size and accumulation:
+        total = args.batch_size * accumulation * world_size
+    total = args.total_batch_size = total or DEFAULT_TOTAL_BATCH
+    if total % world_size:
+        below = total // world_size * world_size
         raise UserError(
-            f"--total_batch_size {args.total_batch_size} is not a multiple of --batch_size "
-            f"{args.batch_size} times {processes}: give a --batch_size that divides "
-            f"{args.total_batch_size // world_size}"
+            f"--total_batch_size {total} cannot be divided evenly among {processes}: give for "
+            f"instance {below or world_size} or {below + world_size}"
         )
-    accumulation = args.total_batch_size // per_micro_batch
-    if args.gradient_accumulation not in (None, accumulation):
+    each = total // world_size  # sequences of a process in an update
+    if args.batch_size is None:
+        # As few micro-batches as the published size of at most 256 allows.
+        fewest = accumulation or -(-each // MAX_DEFAULT_BATCH)
+        accumulation = accumulation or next(n for n in range(fewest, each + 1) if each % n == 0)
+        args.batch_size = each // accumulation
+    if not args.batch_size or each % args.batch_size:
+        raise UserError(
+            f"--total_batch_size {total} is not a multiple of --batch_size "
+            f"{args.batch_size or accumulation} times {processes}: give a --batch_size that "
+            f"divides {each}, or leave it out"
+        )
+    if args.gradient_accumulation not in (None, each // args.batch_size):
         raise UserError(
             f"--gradient_accumulation {args.gradient_accumulation} contradicts the batch sizes: "
-            f"{args.total_batch_size} / ({args.batch_size} x {world_size}) is {accumulation}; "
+            f"{total} / ({args.batch_size} x {world_size}) is {each // args.batch_size}; "
             "leave one of the three out"
         )
-    args.gradient_accumulation = accumulation
+    args.gradient_accumulation = each // args.batch_size
 
 
 def _complete_steps(args: argparse.Namespace) -> None:

@@ -11,7 +11,9 @@ from peft_pretraining.cli.common import (
     Parser,
     add_optimizer,
     add_records,
+    add_resume,
     check_numbers,
+    complete_resume,
     name_run,
     str_to_bool,
 )
@@ -123,12 +125,19 @@ FROM_0_TO_1 = (
 )
 
 
+EXAMPLE = """example:
+  torchrun --nproc_per_node=2 main_vit.py --model deit_tiny_patch16_224 \\
+      --model_kwargs patch_size=4 depth=4 embed_dim=64 num_heads=2 --data_set digits \\
+      --input_size 32 --batch_size 16 --epochs 20 --warmup_epochs 2 --method alphadecay
+"""
+
+
 def vit_parser() -> Parser:
     """Return the parser of main_vit.py without the flags of the weight-decay method."""
     parser = Parser(
         prog="main_vit.py",
         description="Train image classifiers with module-wise weight decay.",
-        allow_abbrev=False,
+        epilog=EXAMPLE,
     )
     _add_model_and_data(parser.add_argument_group("model and data"))
     _add_augmentation(parser.add_argument_group("augmentation (timm)"))
@@ -432,17 +441,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "Distribute the evaluation over the processes; false evaluates on rank 0 only",
     )
     group.add_argument("--output_dir", metavar="FOLDER", help="Run folder (default runs/NAME).")
-    group.add_argument(
-        "--resume",
-        metavar="WHERE",
-        help="Resume from a checkpoint, or from the newest checkpoint of a run folder.",
-    )
-    add_boolean(
-        group,
-        "auto_resume",
-        True,
-        "Resume from the newest checkpoint of this run's folder, if there is one",
-    )
+    add_resume(group)
     add_boolean(group, "save_ckpt", True, "Save checkpoints")
     group.add_argument(
         "--save_ckpt_freq",
@@ -465,16 +464,31 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="Number of checkpoints to keep, the newest ones (default 3).",
     )
     add_boolean(group, "enable_wandb", True, "Record the run in W&B too, offline without a key")
-    group.add_argument("--project", default="alphadecay", help="W&B project (default alphadecay).")
     add_records(group)
+    group.add_argument(
+        "--log_dir",
+        metavar="FOLDER",
+        help="Accepted for published commands; no TensorBoard files are written, the records are "
+        "in the run folder (default: none).",
+    )
+    add_boolean(
+        group,
+        "wandb_ckpt",
+        False,
+        "Accepted for published commands; checkpoints are not sent to W&B",
+    )
+    add_boolean(
+        group, "test_code", False, "For published commands; true is refused, use --dry_run instead"
+    )
 
 
-def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
+def complete(args: argparse.Namespace, world_size: int, method: str) -> argparse.Namespace:
     """Fill in the arguments that follow from others, and check that they fit each other.
 
     Args:
         args: the parsed arguments, changed in place.
         world_size: number of processes.
+        method: name of the weight-decay method.
 
     Returns:
         The same arguments. `mixes` says whether mixup or CutMix is on.
@@ -491,7 +505,8 @@ def complete(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     args.num_workers = min(args.num_workers, os.cpu_count() or 1)
     args.total_batch_size = args.batch_size * args.update_freq * world_size
     args.nb_classes = args.nb_classes or (10 if args.data_set in ("CIFAR", "digits") else 1000)
-    name_run(args, args.model)
+    complete_resume(args)
+    name_run(args, args.model, method)
     args.output_dir = args.output_dir or f"runs/{args.name}"
     _check_combinations(args)
     return args
@@ -528,7 +543,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one")
     if args.model_ema_eval and not args.model_ema:
         raise UserError("--model_ema_eval true needs --model_ema true")
-    if args.eval and not (args.resume or args.finetune):
+    if args.eval and args.same_settings_only and not args.finetune:
         raise UserError(
             "--eval true needs a model to evaluate: give --resume CHECKPOINT or --finetune FILE"
+        )
+    if args.test_code:
+        raise UserError(
+            "--test_code true is not supported: give --dry_run to check a command, or --epochs 1"
         )

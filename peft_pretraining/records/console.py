@@ -33,3 +33,9 @@ class _ToLoguru(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         logger.log(record.levelname, record.getMessage())
+
+
+def block(title: str, entries: dict[str, str]) -> str:
+    """Return a title with lines of names and texts below it, in two columns."""
+    width = max(map(len, entries))
+    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in entries.items())])

@@ -23,8 +23,8 @@ def check_no_existing_run(folder: Path) -> None:
     """
     if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
         raise UserError(
-            f"{folder} already holds a run: go on with it by --continue_from auto "
-            "(main_vit.py: --auto_resume true), or use another"
+            f"{folder} already holds a run: continue it with --continue_from auto, or give "
+            "another --name"
         )
 
 

@@ -1,18 +1,17 @@
-"""Everything that a run logs: progress bar, metrics.jsonl, modules.jsonl, run.json and W&B."""
+"""Everything that a run logs: progress, metrics.jsonl, modules.jsonl, run.json and W&B."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from tqdm import tqdm
 
 from peft_pretraining.parallel.process_group import DistributedContext
 from peft_pretraining.records.environment import environment_info
 from peft_pretraining.records.jsonl import METRICS, MODULES, RUN, append_json
-from peft_pretraining.records.wandb import start_wandb
+from peft_pretraining.records.progress import Progress
+from peft_pretraining.records.wandb import new_run_id, start_wandb
 from peft_pretraining.utils.files import atomic_write
 
 # Names under which the published runs log the mean alpha of each projection.
@@ -41,6 +40,8 @@ class RunLog:
         tags: The tags of the W&B run.
         project: The W&B project. None: do not use W&B.
         unit: What throughput counts: `tokens` or `images`.
+        done: Updates that earlier processes of this run made. Above 0, run.json keeps what it says
+            about these processes, and the run in W&B goes on.
     """
 
     def __init__(
@@ -52,30 +53,58 @@ class RunLog:
         tags: list[str],
         project: str | None = "alphadecay",
         unit: str = "tokens",
+        done: int = 0,
     ):
         self.folder, self.enabled, self.unit = folder, ranks.is_main, unit
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
         self._wandb: Any = None
         self._warned = False
         if not self.enabled:
             return
-        self.description = description | environment_info(ranks)
+        before = _read_json(folder / RUN) if done else {}
+        environment = environment_info(ranks)
+        piece = {"first_update": done + 1} | environment
+        self.description = description | environment
+        self.description["pieces"] = [
+            earlier for earlier in before.get("pieces", ()) if earlier["first_update"] <= done
+        ] + [piece]
+        if project:
+            known = before.get("wandb") or {}
+            run_id = known["id"] if known.get("project") == project else new_run_id()
+            self.description["wandb"] = {"project": project, "id": run_id}
         self._write_or_warn(_write_json, folder / RUN, self.description)
         if project:
-            self._wandb = start_wandb(folder, project, wandb_name, tags, self.description)
+            self._wandb = start_wandb(folder, project, wandb_name, tags, self.description, run_id)
 
-    def start_bar(self, total: int, done: int) -> None:
-        """Show a progress bar of updates, if stderr is a terminal."""
-        if self.enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="update", dynamic_ncols=True)
+    def start_progress(self, total: int, done: int) -> None:
+        """Show the progress from now on.
+
+        Args:
+            total: Updates of the whole run.
+            done: Updates that were made before.
+        """
+        if self.enabled:
+            self._progress = Progress(total, done, self.unit)
 
     def advance(self) -> None:
-        """Advance the progress bar by one update."""
-        if self._bar is not None:
-            self._bar.update(1)
+        """Count an update."""
+        if self._progress is not None:
+            self._progress.advance()
+
+    def checkpoint(self, update: int, totals: dict[str, float]) -> None:
+        """Record in metrics.jsonl that a checkpoint is saved after an update.
+
+        Args:
+            update: The update.
+            totals: Where the time of the run went so far, see `ThroughputMeter.totals`. A process
+                that continues the run counts from there.
+        """
+        if self.enabled:
+            record = {"update_step": update, "checkpoint": True, "totals": totals}
+            self._write_or_warn(append_json, self.folder / METRICS, [record])
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Log the metrics of an update or an evaluation to metrics.jsonl, W&B and the bar."""
+        """Log the metrics of an update or an evaluation to metrics.jsonl, W&B and the screen."""
         if not self.enabled:
             return
         self._write_or_warn(append_json, self.folder / METRICS, [record])
@@ -84,9 +113,8 @@ class RunLog:
             last = ("eval_loss", "eval_tokens") if record.get("final") else ()
             final = {f"final_{name}": record[name] for name in last if name in record}
             self._wandb.log(record | final)
-        if self._bar is not None and "loss" in record:
-            throughput = record[f"throughput_{self.unit}"]
-            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {throughput:,.0f} {self.unit}/s")
+        if self._progress is not None and "loss" in record:
+            self._progress.show(record)
 
     def modules(self, records: list[dict[str, Any]]) -> None:
         """Log new records of `AlphaDecay.history` to modules.jsonl and W&B.
@@ -106,16 +134,16 @@ class RunLog:
             self._wandb.log(values | mean_alphas(records) | {"update_step": records[0]["step"]})
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Add the summary of the run to run.json, and close the bar and W&B."""
+        """Add the summary of the run to run.json, and close the progress and W&B."""
         if self.enabled:
             self.description["summary"] = summary
             self._write_or_warn(_write_json, self.folder / RUN, self.description)
             self.close()
 
     def close(self) -> None:
-        """Close the bar and W&B."""
-        if self._bar is not None:
-            self._bar.close()
+        """Close the progress and W&B."""
+        if self._progress is not None:
+            self._progress.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -147,3 +175,12 @@ def mean_alphas(records: list[dict[str, Any]]) -> dict[str, float]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     atomic_write(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; an empty dictionary if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

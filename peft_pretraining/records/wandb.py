@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import netrc
 import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,11 @@ if TYPE_CHECKING:
 
 
 def start_wandb(
-    folder: Path, project: str, name: str, tags: list[str], config: dict[str, Any]
+    folder: Path, project: str, name: str, tags: list[str], config: dict[str, Any], run_id: str
 ) -> Run | None:
     """Start a W&B run, which never asks for a key.
 
-    The mode is $WANDB_MODE; by default online if a key is known, and offline otherwise. If W&B
-    cannot be reached, the run is recorded offline.
+    The mode is that of `wandb_mode`. If W&B cannot be reached, the run is recorded offline.
 
     Args:
         folder: The run folder, in which W&B keeps its files.
@@ -28,6 +28,7 @@ def start_wandb(
         name: The name of the W&B run.
         tags: Its tags.
         config: Its config.
+        run_id: Its identifier. If W&B has a run with this identifier, that run goes on.
 
     Returns:
         The W&B run; None if wandb is not installed.
@@ -37,7 +38,7 @@ def start_wandb(
     except ImportError:
         logger.info("wandb is not installed: the run is recorded in its folder only")
         return None
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+    mode: Any = wandb_mode()
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
     start = functools.partial(
         wandb.init,
@@ -45,6 +46,8 @@ def start_wandb(
         name=name,
         tags=tags,
         config=config,
+        id=run_id,
+        resume="allow",
         dir=folder,
         settings=settings,
     )
@@ -61,6 +64,16 @@ def start_wandb(
     return run
 
 
+def wandb_mode() -> str:
+    """Return $WANDB_MODE; by default `online` if a key is known, and `offline` otherwise."""
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+
+
+def new_run_id() -> str:
+    """Return a random identifier for a run in W&B."""
+    return secrets.token_hex(4)
+
+
 def has_wandb_key() -> bool:
     """Return True if a key for W&B is in $WANDB_API_KEY or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
@@ -69,3 +82,8 @@ def has_wandb_key() -> bool:
         return any("wandb" in host for host in netrc.netrc().hosts)
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def describe_wandb(project: str | None) -> str:
+    """Return where W&B records a run, for the log. project: None means that it is not used."""
+    return f"W&B project {project} ({wandb_mode()})" if project else "no W&B"

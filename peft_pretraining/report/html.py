@@ -104,7 +104,7 @@ def figure_html(position: int, svg: str, caption: str) -> str:
 
 def method_name(run: Run) -> str:
     """Describe the method: as the arguments name it, or from what the records show."""
-    given = run.argument("method", "decay_method")
+    given = run.info.get("method") or run.argument("method", "decay_method")
     if isinstance(given, str):
         return given
     if run.modules is None:

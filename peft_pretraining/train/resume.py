@@ -15,6 +15,8 @@ from peft_pretraining.checkpoint.format import TRAINER, checkpoints_of, step_of
 from peft_pretraining.checkpoint.load import load_checkpoint
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.process_group import DistributedContext
+from peft_pretraining.records.jsonl import METRICS
+from peft_pretraining.records.reader import read_lines
 from peft_pretraining.records.run_dir import check_no_existing_run, copy_records_up_to
 from peft_pretraining.train.signals import was_restarted
 from peft_pretraining.train.step import WeightDecayScheduler
@@ -66,6 +68,7 @@ def resume(
     decay: WeightDecayScheduler | None,
     data_fingerprint: str,
     ranks: DistributedContext,
+    same_settings_only: bool = False,
     config: dict | None = None,
     extra: dict[str, nn.Module] | None = None,
 ) -> dict:
@@ -73,12 +76,13 @@ def resume(
 
     Args:
         checkpoint: folder of the checkpoint.
-        arguments: the arguments of this run by name. A difference from those in the checkpoint is
-            a warning.
+        arguments: the arguments of this run by name.
         total_updates: updates of the whole run.
         model, optimizer, decay: what the checkpoint is loaded into.
         data_fingerprint: of this run's data; see `Data`.
         ranks: the processes of the run.
+        same_settings_only: refuse arguments that differ from those in the checkpoint. Otherwise a
+            difference is a warning.
         config, extra: see `load_checkpoint`.
 
     Returns:
@@ -86,8 +90,10 @@ def resume(
 
     Raises:
         UserError: the checkpoint belongs to other data or to another kind of weight decay, does not
-            fit the decay flags, or has made all updates.
+            fit the decay flags, has made all updates, or was made with other arguments.
     """
+    if same_settings_only:
+        _check_same_settings(checkpoint, arguments)
     trainer = load_checkpoint(checkpoint, model, optimizer, ranks, config, extra)
     if trainer["data"] != data_fingerprint:
         raise UserError(
@@ -121,6 +127,26 @@ def resume(
     return trainer["progress"]
 
 
+def _check_same_settings(checkpoint: Path, arguments: Mapping[str, Any]) -> None:
+    """Check that a checkpoint was made with these arguments.
+
+    Raises:
+        UserError: the message names every argument that differs.
+    """
+    saved = json.loads((checkpoint / TRAINER).read_text(encoding="utf8"))["arguments"]
+    # A choice that the run makes itself at its start, such as --loss auto, is taken over.
+    changed = [
+        f"--{name} {value} there, {arguments[name]} here"
+        for name, value in saved.items()
+        if arguments.get(name, value) not in (value, "auto")
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} was made with other settings ({'; '.join(changed)}): give --name NEW "
+            "for another run, or --continue_from auto to continue this one with the new settings"
+        )
+
+
 def saved_argument(checkpoint: Path, name: str) -> Any:
     """Return an argument of the run that wrote a checkpoint, or None if it is not stored.
 
@@ -149,3 +175,36 @@ def truncate_records_after(checkpoint: Path | None, run_folder: Path) -> None:
         logger.warning(
             f"{newer} is newer than the checkpoint being resumed: renamed to {newer.name}.abandoned"
         )
+
+
+def earlier_totals(run_folder: Path, update: int) -> dict[str, float] | None:
+    """Return where the time of a run went up to a checkpoint, as `RunLog.checkpoint` recorded it.
+
+    Args:
+        run_folder: the run folder, whose records end at the checkpoint.
+        update: number of the checkpoint's update.
+
+    Returns:
+        The totals of `ThroughputMeter`; None if there are none, as in runs of earlier versions.
+    """
+    if not update:
+        return None
+    records = read_lines(run_folder / METRICS, "update_step")
+    found = [r["totals"] for r in records if r["update_step"] == update and "totals" in r]
+    return found[-1] if found else None
+
+
+def describe_start(continue_from: str | None, run_folder: Path) -> str:
+    """Return where a run would start, for a dry run. Reads no checkpoint.
+
+    Raises:
+        UserError: the run would start in a folder that contains another run.
+    """
+    if continue_from not in (None, "auto"):
+        return f"from {continue_from}"
+    existing = checkpoints_of(run_folder)
+    if continue_from == "auto" and existing:
+        return f"from {max(existing, key=step_of)}, the newest checkpoint of this run"
+    if continue_from is None:
+        check_no_existing_run(run_folder)
+    return "from scratch"

@@ -91,6 +91,7 @@ class TimerState:
         items: tokens or images that it has been trained on.
         data_wait: seconds of waiting for data, a part of the training time.
         analysis: seconds of analyses, a part of the training time.
+        capacity: operations that the devices could have made in the training time, at their peak.
     """
 
     seconds: float
@@ -98,6 +99,18 @@ class TimerState:
     items: int
     data_wait: float
     analysis: float
+    capacity: float
+
+
+# What a process hands on to the one that continues its run, see `ThroughputMeter.totals`.
+TOTALS = (
+    "seconds",
+    "data_wait_seconds",
+    "analysis_seconds",
+    "analyses",
+    "capacity",
+    "peak_memory_bytes",
+)
 
 
 class ThroughputMeter:
@@ -110,14 +123,29 @@ class ThroughputMeter:
         update: updates that the run has made before.
         items: tokens or images that the run has been trained on before.
         device: the device whose memory is reported.
+        earlier: `totals()` of the processes that made these updates. None: they are unknown, and
+            the times and the summary are those of this process.
     """
 
-    def __init__(self, work: WorkPerStep, update: int, items: int, device: torch.device):
+    def __init__(
+        self,
+        work: WorkPerStep,
+        update: int,
+        items: int,
+        device: torch.device,
+        earlier: dict[str, float] | None = None,
+    ):
         self.work, self._device = work, device
-        self._started = time.perf_counter()  # moves forward by the length of each excluded block
-        self._data_wait = self._analysis = 0.0
-        self._analyses = 0
-        self._first = self._last = TimerState(0.0, update, items, 0.0, 0.0)
+        before = dict.fromkeys(TOTALS, 0.0) | (earlier or {})
+        # Moves forward by the length of each excluded block.
+        self._started = time.perf_counter() - before["seconds"]
+        self._data_wait, self._analysis = before["data_wait_seconds"], before["analysis_seconds"]
+        self._analyses = int(before["analyses"])
+        self._peak_memory = int(before["peak_memory_bytes"])
+        # These devices may be others than those of the earlier processes.
+        self._earlier_capacity = before["capacity"] - before["seconds"] * work.peak_flops
+        self._last = self._state(update, items)
+        self._first = TimerState(0.0, 0, 0, 0.0, 0.0, 0.0) if earlier else self._last
 
     @contextlib.contextmanager
     def exclude(self) -> Iterator[None]:
@@ -157,12 +185,10 @@ class ThroughputMeter:
             mfu: operations on all sequences, padding included, divided by the peak.
             useful_mfu, for text: the same without padding.
             data_wait_seconds, analysis_seconds.
-            seconds: training time of this process since its start.
-            peak_memory_bytes: of this process since its start.
+            seconds: training time of the run since its start.
+            peak_memory_bytes: of the run since its start.
         """
-        now = TimerState(
-            time.perf_counter() - self._started, update, items, self._data_wait, self._analysis
-        )
+        now = self._state(update, items)
         previous, self._last = self._last, now
         speeds, utilization = self._speeds(previous, now)
         return {
@@ -171,14 +197,27 @@ class ThroughputMeter:
             "data_wait_seconds": now.data_wait - previous.data_wait,
             "analysis_seconds": now.analysis - previous.analysis,
             "seconds": now.seconds,
-            "peak_memory_bytes": peak_memory(self._device),
+            "peak_memory_bytes": self._most_memory(),
+        }
+
+    def totals(self) -> dict[str, float]:
+        """Return where the time of the run went so far, for the process that continues the run."""
+        seconds = time.perf_counter() - self._started
+        return {
+            "seconds": seconds,
+            "data_wait_seconds": self._data_wait,
+            "analysis_seconds": self._analysis,
+            "analyses": self._analyses,
+            "capacity": self._earlier_capacity + seconds * self.work.peak_flops,
+            "peak_memory_bytes": self._most_memory(),
         }
 
     def summary(self) -> dict[str, float]:
-        """Return the same numbers of this process up to the last logged update, and time shares."""
+        """Return the same numbers of the run up to the last logged update, and time shares."""
         seconds = max(self._last.seconds, 1e-9)
         speeds, utilization = self._speeds(self._first, self._last)
         return {
+            "updates": self._last.update - self._first.update,
             "train_seconds": seconds,
             **{f"{name}_per_second": speed for name, speed in speeds.items()},
             **utilization,
@@ -187,8 +226,18 @@ class ThroughputMeter:
             "analyses": self._analyses,
             "analysis_seconds": self._last.analysis,
             "analysis_share": self._last.analysis / seconds,
-            "peak_memory_bytes": peak_memory(self._device),
+            "peak_memory_bytes": self._most_memory(),
         }
+
+    def _state(self, update: int, items: int) -> TimerState:
+        """Return the counters now."""
+        seconds = time.perf_counter() - self._started
+        capacity = self._earlier_capacity + seconds * self.work.peak_flops
+        return TimerState(seconds, update, items, self._data_wait, self._analysis, capacity)
+
+    def _most_memory(self) -> int:
+        """Return the peak memory of this process and of the earlier ones in bytes."""
+        return max(self._peak_memory, peak_memory(self._device))
 
     def _speeds(
         self, start: TimerState, end: TimerState
@@ -202,7 +251,8 @@ class ThroughputMeter:
             "examples": examples / seconds,
             "batches": updates / seconds,
         }
-        utilization = {"mfu": examples * work.flops / seconds / work.peak_flops}
+        capacity = max(end.capacity - start.capacity, 1e-9 * work.peak_flops)
+        utilization = {"mfu": examples * work.flops / capacity}
         if work.length > 1:  # only sequences have padding
             padded = examples * work.length
             speeds[f"padded_{work.item_name}"] = padded / seconds

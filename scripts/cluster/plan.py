@@ -185,7 +185,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: if a number is out of its range.
     """
-    parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="plan.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add(
         "--configs",

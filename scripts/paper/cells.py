@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from peft_pretraining.errors import UserError
-from scripts.paper.published import Layout
+from scripts.paper.published import Layout, deviations
 from scripts.paper.results import format_setting, is_missing, parse_value, variations
 
 Key = tuple[str, ...]
@@ -24,7 +24,8 @@ IGNORED_ARGUMENTS = {
     "keep_checkpoints", "keep_every", "log_every", "loss", "method", "name", "no_wandb",
     "num_workers", "on_save_error", "output_dir", "parallel", "pin_mem", "profile", "project",
     "resume", "save_ckpt_num", "save_dir", "save_every", "seed", "single_cuda", "start_epoch",
-    "tags", "update_freq", "wandb_name", "workers",
+    "tags", "update_freq", "wandb_name", "workers", "dry_run", "same_settings_only", "beta1",
+    "log_dir", "wandb_ckpt", "test_code", "data_source", "tokenizer_name",
 }  # fmt: skip
 # Paths that are different on every machine: only their last part is compared.
 PATH_ARGUMENTS = {
@@ -127,7 +128,8 @@ def keep_best_setting(runs: pd.DataFrame, layout: Layout, name: str) -> pd.DataF
 def finished_runs_by_cell(runs: pd.DataFrame, layout: Layout) -> pd.DataFrame:
     """Return one row per finished run, with the labels of its cell.
 
-    Columns: those of `label_names`, path, seed, rehearsal, and the measures of the layout.
+    Columns: those of `label_names`, path, seed, rehearsal, deviations (from the published run, see
+    `published.deviations`), and the measures of the layout.
 
     Args:
         runs: see `results.read_runs`.
@@ -144,6 +146,9 @@ def finished_runs_by_cell(runs: pd.DataFrame, layout: Layout) -> pd.DataFrame:
         by_cell[column_label(name)] = setting_labels(finished, name)
     by_cell["path"] = finished["run", "path"]
     by_cell["seed"] = setting_labels(finished, "seed")
+    by_cell["deviations"] = [
+        deviations(settings_of_run(finished, position)) for position in finished.index
+    ]
     by_cell["rehearsal"] = setting_labels(finished, "rehearsal") == "True"
     results = finished["results"]
     for measure in layout.measures:
@@ -261,8 +266,9 @@ def summarize_cells(by_cell: pd.DataFrame, layout: Layout, baseline: str | None)
     Returns:
         Index: the labels of the cells. Columns: runs (how many), seeds, MEASURE_mean, MEASURE_std
         and MEASURE_count of each measure (over the runs where it is known), published, expected
-        (the published table has this cell, or there is none), and, with a baseline, difference,
-        low, high and pairs (see `paired_difference`).
+        (the published table has this cell, or there is none), deviations (of its runs from the
+        published one), and, with a baseline, difference, low, high and pairs (see
+        `paired_difference`) and no_difference (the reason if there is none).
     """
     labels = label_names(layout)
     groups = by_cell.groupby(labels, sort=False)
@@ -273,10 +279,17 @@ def summarize_cells(by_cell: pd.DataFrame, layout: Layout, baseline: str | None)
     for measure in layout.measures:
         for statistic in ("mean", "std", "count"):
             cells[f"{measure}_{statistic}"] = groups[measure].agg(statistic)
+    found = {key: cell for key, cell in groups}
+    cells["deviations"] = [
+        list(dict.fromkeys(text for texts in found[key]["deviations"] for text in texts))
+        if key in found and layout.published_of_training
+        else []
+        for key in index
+    ]
     cells["published"] = [layout.published.get(key, np.nan) for key in index]
     cells["expected"] = [not layout.published or key in layout.published for key in index]
     if baseline is not None:
-        values = {key: cell.set_index("seed")[layout.measure] for key, cell in groups}
+        values = {key: cell.set_index("seed")[layout.measure] for key, cell in found.items()}
         compared = [
             paired_difference(values.get(key), values.get((baseline, *key[1:])))
             if key[0] != baseline
@@ -285,7 +298,32 @@ def summarize_cells(by_cell: pd.DataFrame, layout: Layout, baseline: str | None)
         ]
         columns = ["difference", "low", "high", "pairs"]
         cells[columns] = pd.DataFrame([c or (np.nan,) * 4 for c in compared], index=index)
+        cells["no_difference"] = [
+            why_no_difference(values.get(key), values.get((baseline, *key[1:])), baseline)
+            if key[0] != baseline
+            else ""
+            for key in index
+        ]
     return cells
+
+
+def why_no_difference(
+    values: pd.Series | None, baseline: pd.Series | None, baseline_name: str
+) -> str:
+    """Return why two cells cannot be compared; "" if they can, or if the first one has no run.
+
+    Args:
+        values, baseline: see `paired_difference`.
+        baseline_name: label of the baseline's row.
+    """
+    if values is None or not len(values.dropna()):
+        return ""
+    if baseline is None or not len(baseline.dropna()):
+        return f"no run of {baseline_name}"
+    own, other = (sorted(series.dropna().index) for series in (values, baseline))
+    if not set(own) & set(other):
+        return f"no common seed: {' '.join(own)}, {baseline_name} {' '.join(other)}"
+    return ""
 
 
 def paired_difference(

@@ -7,7 +7,6 @@ import io
 import math
 import re
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alphadecay import PowerLaw, UndefinedPowerLaw, eigenvalues, fit_power_law
+from alphadecay.cli.presets import method_name
 from alphadecay.modules import block_of
 from peft_pretraining.checkpoint.find import newest_checkpoint
 from peft_pretraining.checkpoint.format import WEIGHTS, step_of
-from peft_pretraining.cli.common import method_name
 from peft_pretraining.errors import UserError
 from peft_pretraining.records import reader
 from peft_pretraining.records.reader import Modules, Run
@@ -94,8 +93,8 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 def method_of(run: Run) -> str:
     """Return the method's name as in names of runs, or in words if run.json lacks a flag."""
     try:
-        return method_name(Namespace(**reader.section(run.info, "arguments")))
-    except AttributeError:
+        return method_name(reader.section(run.info, "arguments"))
+    except KeyError:
         return described_method(run)
 
 

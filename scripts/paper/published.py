@@ -1,12 +1,15 @@
 """The paper's tables (He et al. 2025, arXiv 2506.14562).
 
-For each table: which runs belong to it, how it is laid out, and the published numbers.
+For each table: which runs belong to it, how it is laid out, and the published numbers. The settings
+of the published runs are here too, so that a number is printed beside comparable runs only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 # The methods of the main tables, in their order. The paper's "AdaDecay" is the module-wise one.
 PAPER_METHODS = ("wd0", "uniform", "awd", "adadecay-module", "alphadecay")
@@ -30,6 +33,8 @@ class Layout:
             high (reference_perplexity).
         published: published values by the labels of row and column.
         against: label of the row that the others are compared with.
+        published_of_training: the published values are results of training, which depend on its
+            settings. False: they are times of an analysis.
     """
 
     title: str
@@ -41,6 +46,7 @@ class Layout:
     published_measure: str = "reference_perplexity"
     published: dict[Key, float] = field(default_factory=dict)
     against: str | None = None
+    published_of_training: bool = True
 
     @property
     def measures(self) -> list[str]:
@@ -131,12 +137,97 @@ _ASSIGNMENT = _by_decay(ADAM_DECAYS, {
     "tb_log2": (32.301, 32.501, 33.033),
     "layerwise_sigmoid": (32.201, 32.171, 33.095),
 })  # fmt: skip
+_OTHER_MAPS = ("tb_sqrt", "tb_log2", "layerwise_sigmoid")
 # Seconds of one analysis.
 _SECONDS = {
     ("median", "60m"): 1.67, ("median", "130m"): 4.67,
     ("goodness-of-fit", "60m"): 8.7, ("goodness-of-fit", "130m"): 24.9,
     ("fix-finger", "60m"): 7.9, ("fix-finger", "130m"): 21.5,
 }  # fmt: skip
+
+# ------------------------------------------------------------- settings of the published runs
+
+_LLAMA_SETTINGS = {
+    "total_batch_size": 512,
+    "max_length": 256,
+    "scheduler": "cosine",
+    "min_lr_ratio": 0.1,
+    "grad_clipping": 0.0,
+    "packing": False,
+    "dtype": "bfloat16",
+    "use_hf_model": False,
+}
+_VIT_SETTINGS = {
+    "data_set": "IMNET",
+    "epochs": 120,
+    "warmup_epochs": 20,
+    "total_batch_size": 384,
+    "lr": 4e-3,
+    "input_size": 224,
+    "drop_path": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.25,
+    "optimizer": "adam",
+}
+# model -> updates, peak learning rate
+_LENGTHS = {"60m": (10_000, 1e-3), "130m": (20_000, 1e-3), "350m": (60_000, 1e-3),
+            "1b": (90_000, 6e-4)}  # fmt: skip
+_MAPS_WITH_RANGE = ("tb_linear_map", "tb_quantile")
+
+
+def published_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the published run of a run's cell has, by the names of flags.
+
+    Args:
+        settings: of the run; model, optimizer, weight decay and method select the published run.
+    """
+    model, optimizer = settings.get("model"), settings.get("optimizer")
+    decay = settings.get("weight_decay")
+    if model == "vit":
+        expected: dict[str, Any] = dict(_VIT_SETTINGS)
+    else:
+        steps, lr = _LENGTHS.get(str(model), (None, None))
+        expected = _LLAMA_SETTINGS | {
+            "num_training_steps": steps,
+            "warmup_steps": steps and steps // 10,
+            "lr": lr,
+        }
+    if settings.get("use_modulewise_wd") and settings.get("assign_func") in _MAPS_WITH_RANGE:
+        narrow = (model, decay) == ("vit", 5e-6) or (
+            model != "vit" and optimizer == "adam" and decay == 1e-5
+        )
+        expected |= {"wd_min_ratio": 0.6666, "wd_max_ratio": 3.0 if narrow else 5.0}
+    return expected
+
+
+def deviations(settings: dict[str, Any]) -> list[str]:
+    """Return in which settings a run differs from the published one of its cell.
+
+    Args:
+        settings: of the run, see `results.settings_of`. Settings that are not recorded do not
+            count.
+
+    Returns:
+        Texts such as `lr 0.002`; `rehearsal` alone for a rehearsal. Empty: the run is comparable.
+    """
+    if settings.get("rehearsal"):
+        return ["rehearsal"]
+    found = [
+        f"{name} {settings[name]}"
+        for name, value in published_settings(settings).items()
+        if settings.get(name) is not None and settings[name] != value
+    ]
+    if settings.get("model") != "vit":
+        source, tokenizer = settings.get("data_source"), settings.get("tokenizer_name")
+        if source and Path(str(source)).name.lower() != "c4":
+            found.append(f"data {Path(str(source)).name}")
+        if tokenizer and not str(tokenizer).endswith("t5-base"):
+            found.append(f"tokenizer {Path(str(tokenizer)).name}")
+    return found
+
 
 # -------------------------------------------------------------------------------------- layouts
 
@@ -194,7 +285,10 @@ TABLES = {
         title="The statistic that scores a module (LLaMA-135M)",
         rows=("esd_metric_for_tb",),
         columns=("weight_decay",),
-        where=_where("130m", methods=("alphadecay", "gradnorm")),
+        where=_where(
+            "130m",
+            methods=("alphadecay", "gradnorm", "alphadecay+fnorm", "alphadecay+spectral_norm"),
+        ),
         may_vary=("esd_metric_for_tb",),
         published=_METRIC,
     ),
@@ -202,7 +296,10 @@ TABLES = {
         title="The map from scores to decays (LLaMA-60M)",
         rows=("assign_func",),
         columns=("weight_decay",),
-        where=_where("60m"),
+        where=_where(
+            "60m",
+            methods=("alphadecay", *(f"alphadecay+{name}" for name in _OTHER_MAPS)),
+        ),
         may_vary=("assign_func",),
         published=_ASSIGNMENT,
     ),
@@ -214,6 +311,7 @@ TABLES = {
         may_vary=("pl_fitting",),
         published_measure="analysis_seconds",
         published=_SECONDS,
+        published_of_training=False,
     ),
     "gap": Layout(
         title="Updates between two analyses (LLaMA-60M)",

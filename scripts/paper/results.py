@@ -12,7 +12,6 @@ A setting that a run does not have is NaN; a setting that is null in run.json is
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peft_pretraining.cli.common import method_name
+from alphadecay.cli.presets import method_flags, method_name
 from peft_pretraining.errors import UserError
 from peft_pretraining.records.jsonl import RUN
 from peft_pretraining.records.reader import final_evaluation, number, read_run, section
@@ -102,8 +101,13 @@ def read_folder(folder: Path) -> Result:
     """Read a run folder; results are empty unless the run has its final evaluation."""
     from peft_pretraining.evaluate_checkpoint import read_evaluations
 
-    info = json.loads((folder / RUN).read_text(encoding="utf8"))
-    result = Result(str(folder), settings_of(info.get("arguments", {})))
+    try:
+        info = json.loads((folder / RUN).read_text(encoding="utf8"))
+    except ValueError:
+        raise UserError(
+            f"{folder / RUN} is not valid JSON: repair it, or move the run elsewhere"
+        ) from None
+    result = Result(str(folder), settings_of(section(info, "arguments"), str(info.get("data", ""))))
     try:
         run = read_run(folder)
     except UserError:  # nothing has been logged yet
@@ -182,7 +186,7 @@ def is_missing(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
+def settings_of(arguments: dict[str, Any], data: str = "") -> dict[str, Any]:
     """Return the arguments with the model's and the method's name as tables have them.
 
     A rehearsal (`run.sh --scale`) is counted under the model and the analysis interval that it
@@ -190,6 +194,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments: the arguments in run.json, or in the columns of an export.
+        data: the line about the data in run.json; empty if unknown.
     """
     model = str(arguments.get("model_config") or arguments.get("model") or "?")
     if model.endswith("deit_tiny_patch16_224"):
@@ -203,11 +208,14 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
         "rehearsal": "rehearses" in facts,
     }
     try:
-        settings["method"] = method_name(argparse.Namespace(**arguments))
-    except AttributeError:  # an export without the columns that say so
+        settings["method"] = method_name(arguments)
+    except KeyError:  # an export without the columns that say so
         settings.setdefault("method", "?")
-    if settings["method"] == "uniform" and settings.get("weight_decay") == 0:
-        settings["method"] = "wd0"
+    # `NAME, ...; tokenizer NAME`, as `load_data` describes it. Prepared data has the name of the
+    # source that it was prepared from.
+    source, _, tokenizer = data.partition(", ")[0], *data.rpartition("; tokenizer ")[1:]
+    settings["data_source"] = source or arguments.get("dataset")
+    settings["tokenizer_name"] = tokenizer or arguments.get("tokenizer")
     if "usual_gap" in facts and str(settings.get("unbalancedWD_every")) == facts["usual_gap"]:
         settings["unbalancedWD_every"] = DEFAULT_SETTINGS["unbalancedWD_every"]
     return settings
@@ -215,9 +223,10 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def variations(settings: dict[str, Any]) -> set[str]:
     """Return the names of the settings that differ from the published ones of the run's method."""
-    from alphadecay.cli.presets import METHOD_PRESETS
-
-    preset = METHOD_PRESETS.get(str(settings["method"]).split("+")[0], {})
+    try:
+        preset = method_flags(str(settings["method"]))
+    except ValueError:  # the name is not known
+        preset = {}
     return {
         name
         for name, default in DEFAULT_SETTINGS.items()

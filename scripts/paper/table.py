@@ -44,9 +44,6 @@ def markdown(cells: pd.DataFrame, layout: Layout, baseline: str | None, rehearsa
         layout: the table.
         baseline: first label of the rows that the others are compared with; None: no comparison.
         rehearsal: some of the runs are rehearsals at a small scale.
-
-    Raises:
-        UserError: if no row is called `baseline`.
     """
     lines = [f"{layout.title}\n", legend(layout) + "\n"]
     if rehearsal:
@@ -54,9 +51,6 @@ def markdown(cells: pd.DataFrame, layout: Layout, baseline: str | None, rehearsa
     lines += grid(cells, layout, [cell_text(cell, layout) for cell in cells.to_dict("records")])
     if baseline is not None:
         first_labels = cells.index.get_level_values(0)
-        if baseline not in first_labels:
-            rows = ", ".join(first_labels.unique())
-            raise UserError(f"--against {baseline}: no such row; there are {rows}")
         lines.append(
             f"\n{layout.measure} minus that of {baseline}, same seeds: mean, and 95 % confidence "
             "interval (paired t-test)\n"
@@ -76,7 +70,10 @@ def legend(layout: Layout) -> str:
     text = f"Each cell: {layout.measure}, mean ± standard deviation over seeds [number of seeds]"
     if not layout.published:
         return text + "."
-    return text + f"; in parentheses {layout.published_measure} / the published value."
+    return (
+        f"{text}; in parentheses {layout.published_measure} / the published value, or in which "
+        "settings the runs differ from the published ones."
+    )
 
 
 def grid(cells: pd.DataFrame, layout: Layout, texts: list[str]) -> list[str]:
@@ -106,8 +103,18 @@ def cell_text(cell: dict, layout: Layout) -> str:
         text += f" [{cell[f'{layout.measure}_count']:g}]"
     if cell["published"] != cell["published"]:  # NaN: not published
         return text
+    if cell["deviations"]:
+        return f"{text} ({deviations_text(cell['deviations'])})".strip()
     compared = mean_and_std(cell, layout.published_measure) or "–"
     return f"{text} ({compared} / {cell['published']:g})".strip()
+
+
+def deviations_text(texts: Sequence[str]) -> str:
+    """Return why no published value is printed: `rehearsal`, or the first settings that differ."""
+    if list(texts) == ["rehearsal"]:
+        return "rehearsal"
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return f"not as published: {', '.join(texts[:3])}{more}"
 
 
 def mean_and_std(cell: dict, measure: str) -> str:
@@ -125,9 +132,12 @@ def decimal_places(measure: str) -> int:
 
 
 def difference_text(cell: dict, measure: str) -> str:
-    """Return `-0.70 [-1.20, -0.20]`: the mean difference and its confidence interval."""
-    if not cell["pairs"] > 0:  # NaN for a cell without runs
-        return ""
+    """Return `-0.70 [-1.20, -0.20]`: the mean difference and its confidence interval.
+
+    If there is no difference, return the reason, and "" for a cell without runs.
+    """
+    if not cell["pairs"] > 0:  # NaN for a cell without a pair
+        return cell["no_difference"]
     form = f"+.{decimal_places(measure)}f"
     if cell["pairs"] == 1:
         return f"{cell['difference']:{form}} (one seed)"
@@ -171,7 +181,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="table.py",
         description="Print tables of finished runs, with spreads and the published values.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -222,6 +231,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def baseline_row(labels: pd.Series, against: str | None, layout: Layout) -> str | None:
+    """Return the row that the others are compared with, None for no comparison.
+
+    Args:
+        labels: first label of the row of each finished run.
+        against: the value of --against.
+        layout: the table. If its own baseline has no run, the table is printed without differences.
+
+    Raises:
+        UserError: no row is called `against`.
+    """
+    found = list(labels.unique())
+    if against is not None and against not in found:
+        raise UserError(f"--against {against}: no such row; there are {', '.join(found)}")
+    return against or (layout.against if layout.against in found else None)
+
+
 def main() -> None:
     """Print a table."""
     args = parse_arguments()
@@ -252,9 +278,11 @@ def main() -> None:
         runs = table.keep_best_setting(runs, layout, args.pick)
     by_cell = table.finished_runs_by_cell(runs, layout)
     by_cell = table.repeat_baseline_in_every_column(by_cell, layout)
-    baseline = args.against or layout.against
+    baseline = baseline_row(by_cell[table.row_label(layout.rows[0])], args.against, layout)
     cells = table.summarize_cells(by_cell, layout, baseline)
     print(markdown(cells, layout, baseline, bool(by_cell["rehearsal"].any())), end="")
+    if layout.against and baseline is None:
+        print(f"\nNo differences: there is no finished run of {layout.against}")
     if len(unfinished):
         print(f"\nNot finished: {', '.join(unfinished)}")
     if args.csv:

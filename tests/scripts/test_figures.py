@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from alphadecay import eigenvalues, fit_power_law
+from alphadecay.cli.presets import METHOD_PRESETS
 from peft_pretraining.errors import UserError
 from peft_pretraining.records import reader as report
 from peft_pretraining.report import plots
@@ -64,9 +65,10 @@ def run_of(
         line["weight_decay"] *= eta / ETA
     arguments = {
         **dict.fromkeys(FLAGS, False),
-        "method": method,
         "optimizer": optimizer,
         "weight_decay": eta,
+        **METHOD_PRESETS[method],
+        "method": method,
         "seed": seed,
     }
     lines = [{"update_step": 50, "loss": 4.0}, evaluation(100, loss, final) | result]

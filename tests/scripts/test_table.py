@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from alphadecay.cli.flags import add_flags
-from alphadecay.cli.presets import parse_arguments
+from alphadecay.cli.presets import method_name, parse_arguments
 from peft_pretraining.cli.llama import complete, llama_parser
 from peft_pretraining.cli.vit import vit_parser
 from peft_pretraining.errors import UserError
@@ -37,10 +37,10 @@ def make_run(folder, words, loss=None, reference=None, **values):
     """A run folder as training leaves it; without a loss it is still training."""
     parser = llama_parser()
     add_flags(parser)
-    args = complete(
-        parse_arguments(parser, ["--model_config", "configs/llama_60m.json", *shlex.split(words)]),
-        1,
+    args = parse_arguments(
+        parser, ["--model_config", "configs/llama_60m.json", *shlex.split(words)]
     )
+    complete(args, 1, method_name(vars(args)))
     place = Path(folder) / f"{args.name}-{len(list(Path(folder).glob('*')))}"
     place.mkdir(parents=True)
     (place / "run.json").write_text(
@@ -109,6 +109,87 @@ def test_means_spreads_published_values_and_missing_cells(tmp_path, capsys):
         float(uniform["perplexity_std"]) == pytest.approx(statistics.stdev([33.0, 33.5, 34.6]))
         and uniform["published"] == "32.39"
     )
+
+
+@pytest.mark.parametrize(
+    "words, data, differs",
+    [
+        ("", "", ""),
+        ("", "c4, 9 documents; validation: 1 documents; tokenizer t5-base", ""),
+        ("--dataset pydocs --tokenizer bpe", "", "data pydocs, tokenizer bpe"),
+        ("--dataset x", "news, 9 documents; tokenizer my/t5", "data news, tokenizer t5"),
+        ("--lr 0.002 --max_length 128", "", "max_length 128, lr 0.002"),
+        ("--num_training_steps 9000", "", "num_training_steps 9000, warmup_steps 900"),
+        ("--total_batch_size 64 --grad_clipping 1", "", "total_batch_size 64, grad_clipping 1.0"),
+        (
+            "--dtype float32 --packing --lr 1 --min_lr_ratio 0",
+            "",
+            "min_lr_ratio 0.0, packing True, dtype float32 and 1 more",
+        ),
+        ("--method alphadecay --wd_max_ratio 5", "", "wd_max_ratio 5.0"),
+        ("--method alphadecay --wd_max_ratio 3", "", ""),
+    ],
+)
+def test_published_numbers_stand_beside_comparable_runs_only(
+    words, data, differs, tmp_path, capsys
+):
+    place = make_run(tmp_path, words or "--method uniform", 33.0, 32.0)
+    info = json.loads((place / "run.json").read_text())
+    (place / "run.json").write_text(json.dumps(info | {"data": data}))
+    text = table_of(capsys, tmp_path, "--table", "adam")
+    name = "alphadecay" if "alphadecay" in words else "uniform"
+    cell = row_of(text, name)[row_of(text, "method").index("60m 1e-05")]
+    published = {"alphadecay": 31.56, "uniform": 32.39}[name]
+    assert cell == "33.00 [1] " + (
+        f"(not as published: {differs})" if differs else f"(32.00 / {published})"
+    )
+
+
+def test_a_rehearsal_is_called_one(tmp_path, capsys):
+    make_run(tmp_path, "--method uniform --tags 'rehearses 60m'", 33.0)
+    text = table_of(capsys, tmp_path, "--table", "adam")
+    columns = row_of(text, "method")
+    assert row_of(text, "uniform")[columns.index("60m 1e-05")] == "33.00 [1] (rehearsal)"
+
+
+def test_a_table_without_its_baseline_is_printed(tmp_path, capsys):
+    """As after `controls.sh --only shuffled`."""
+    make_run(tmp_path, "--method shuffled --weight_decay 5e-6", 30.0)
+    text = table_of(capsys, tmp_path, "--table", "controls")
+    assert row_of(text, "shuffled")[1] == "30.00 [1]"
+    assert "No differences: there is no finished run of uniform" in text
+
+
+def test_a_cell_without_a_difference_says_why(tmp_path, capsys):
+    make_run(tmp_path, "--method uniform --seed 5", 30.0)
+    make_run(tmp_path, "--method shuffled --seed 6", 31.0)
+    make_run(tmp_path, "--method inverted --seed 5 --optimizer adamw", 31.0)
+    text = table_of(capsys, tmp_path, "--columns", "optimizer", "--against", "uniform")
+    differences, columns = text.split("minus that of")[1], row_of(text, "method")
+    shuffled, inverted = (row_of(differences, name) for name in ("shuffled", "inverted"))
+    assert shuffled[columns.index("adam")] == "no common seed: 6, uniform 5"
+    assert inverted[columns.index("adamw")] == "no run of uniform"
+
+
+def test_a_damaged_run_is_named(tmp_path, capsys):
+    (make_run(tmp_path, "--method uniform", 30.0) / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json is not valid JSON: repair it"):
+        table_of(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("--use_modulewise_wd", "inverted"),
+        ("--use_modulewise_wd --alpha_positively_with_WD --esd_metric_for_tb gradnorm", "gradnorm"),
+        ("", "uniform"),
+        ("--use_modulewise_wd --alpha_positively_with_WD", "alphadecay"),
+    ],
+)
+def test_rows_are_named_by_what_was_computed(words, name, tmp_path, capsys):
+    """Four runs by published flags alone."""
+    make_run(tmp_path, words, 30.0)
+    assert row_of(table_of(capsys, tmp_path), name)[1] == "30.00 [1]"
 
 
 def test_differences_are_paired_by_seed(tmp_path, capsys):
@@ -276,7 +357,7 @@ def test_a_table_script_names_its_cells(name):
         add_flags(parser)
         args = parse_arguments(parser, words[script + 1 :])
         if not is_vit:
-            args = complete(args, int(words[2].split("=")[1]))
+            args = complete(args, int(words[2].split("=")[1]), "any")
         results.append(Result("", settings_of(vars(args)), {"eval_loss": 1.0}))
         folders.add(args.output_dir if is_vit else args.save_dir)
     assert len(folders) == len(results)

@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from alphadecay.cli.flags import add_flags
+from alphadecay.cli.presets import method_name
 from peft_pretraining.cli.vit import complete, vit_parser
 from peft_pretraining.parallel.process_group import DistributedContext
 
@@ -20,4 +21,5 @@ def arguments(*more: object) -> argparse.Namespace:
     """Return the parsed flags of main_vit.py for a small run."""
     parser = vit_parser()
     add_flags(parser)
-    return complete(parser.parse_args([*SMALL_RUN, *map(str, more)]), world_size=1)
+    args = parser.parse_args([*SMALL_RUN, *map(str, more)])
+    return complete(args, 1, method_name(vars(args)))

@@ -7,25 +7,14 @@ import pytest
 from peft_pretraining.cli.common import (
     Parser,
     check_numbers,
-    method_name,
     name_run,
     str_to_bool,
 )
 from peft_pretraining.errors import UserError
 
-METHOD = {
-    "method": None,
+RUN = {
     "use_modulewise_wd": False,
-    "use_AWD_NeurIPS2023": False,
-    "use_AdaDecay": False,
-    "one_shot": False,
-    "shuffle_decays": False,
-    "type_constant": False,
-    "iso_budget": False,
-    "adamc": False,
-    "cautious_decay": False,
-}
-RUN = METHOD | {
+    "project": None,
     "name": None,
     "wandb_name": None,
     "tags": "",
@@ -43,13 +32,14 @@ def arguments(base=RUN, **changes):
 
 
 def test_booleans():
-    assert [str_to_bool(text) for text in ("true", "True", "false", "FALSE")] == [
+    assert [str_to_bool(text) for text in ("true", "True", "false", "FALSE", "")] == [
         True,
         True,
+        False,
         False,
         False,
     ]
-    for text in ("yes", "1", ""):
+    for text in ("yes", "1"):
         with pytest.raises(argparse.ArgumentTypeError, match="neither true nor false"):
             str_to_bool(text)
 
@@ -59,41 +49,17 @@ def test_an_error_of_the_parser_is_a_user_error():
         Parser(prog="a").parse_args(["--x"])
 
 
-@pytest.mark.parametrize(
-    "changes, name",
-    [
-        ({}, "uniform"),
-        ({"use_modulewise_wd": True}, "alphadecay"),
-        ({"use_AWD_NeurIPS2023": True}, "awd"),
-        ({"use_AdaDecay": True}, "adadecay"),
-        ({"use_modulewise_wd": True, "one_shot": True}, "alphadecay+one_shot"),
-        (
-            {"use_modulewise_wd": True, "iso_budget": True, "shuffle_decays": True},
-            "alphadecay+shuffle_decays+iso_budget",
-        ),
-        # The name of a method says which controls are on.
-        ({"method": "one_shot", "use_modulewise_wd": True, "one_shot": True}, "one_shot"),
-        (
-            {"method": "gradnorm", "use_modulewise_wd": True, "adamc": True},
-            "gradnorm+adamc",
-        ),
-    ],
-)
-def test_names_of_methods(changes, name):
-    assert method_name(arguments(METHOD, **changes)) == name
-
-
 def test_names_of_runs():
     args = arguments(tags=" a, b ,,")
-    name_run(args, "llama_60m")
+    name_run(args, "llama_60m", "uniform")
     assert args.name == args.wandb_name == "llama_60m-uniform-adam-lr0.001-wd1e-05-seed5"
     assert args.tags == ["a", "b"]
     for given in ({"name": "x"}, {"wandb_name": "x"}):
         args = arguments(**given)
-        name_run(args, "llama_60m")
+        name_run(args, "llama_60m", "uniform")
         assert (args.name, args.wandb_name) == ("x", "x")
     args = arguments(name="x", wandb_name="y")
-    name_run(args, "llama_60m")
+    name_run(args, "llama_60m", "uniform")
     assert (args.name, args.wandb_name) == ("x", "y")
 
 
@@ -106,13 +72,15 @@ def test_names_of_runs():
 )
 def test_contradictions(changes, message):
     with pytest.raises(UserError, match=message):
-        name_run(arguments(**changes), "llama_60m")
+        name_run(arguments(**changes), "llama_60m", "uniform")
 
 
 def test_limits_are_allowed():
-    name_run(arguments(tags="x" * 64), "llama_60m")
-    name_run(arguments(use_modulewise_wd=True, wd_min_ratio=3.0), "llama_60m")
-    name_run(arguments(wd_min_ratio=4.0), "llama_60m")  # uniform decay does not use the ratios
+    name_run(arguments(tags="x" * 64), "llama_60m", "uniform")
+    name_run(arguments(use_modulewise_wd=True, wd_min_ratio=3.0), "llama_60m", "uniform")
+    name_run(
+        arguments(wd_min_ratio=4.0), "llama_60m", "uniform"
+    )  # uniform decay does not use the ratios
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan")])

@@ -60,6 +60,7 @@ def test_run_json(tmp_path, fake_wandb):
     """It is written at the start, and again with the summary at the end."""
     log = RunLog(tmp_path, SINGLE_PROCESS, {"name": "a", "arguments": {"lr": 0.1}}, "a", [])
     start = json.loads((tmp_path / "run.json").read_text())
+    assert start["pieces"][0]["first_update"] == 1 and len(start["pieces"]) == 1
     assert start["arguments"] == {"lr": 0.1} and start["processes"] == 1
     assert start["versions"]["python"] == platform.python_version()
     log.finish({"train_seconds": 2.5})
@@ -72,7 +73,7 @@ def test_run_json(tmp_path, fake_wandb):
 
 def test_other_ranks_write_nothing(tmp_path, fake_wandb):
     log = RunLog(tmp_path, DistributedContext(1, 1, 2, torch.device("cpu")), {}, "a", [])
-    log.start_bar(10, 0)
+    log.start_progress(10, 0)
     log.advance()
     log.metrics({"update_step": 1, "loss": 1.0})
     log.modules([{"step": 2, "module": "a", "alpha": None, "weight_decay": None}])
@@ -112,3 +113,34 @@ def test_wandb_gets_the_published_names(tmp_path, fake_wandb):
     assert "alpha/0.q_proj" not in modules
     assert "final_eval_loss" not in during
     assert (last["final_eval_loss"], last["final_eval_tokens"]) == (2.0, 7)
+
+
+def run_json(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_continued_run_is_the_same_run_in_wandb(tmp_path, monkeypatch):
+    """It keeps its identifier, unless it goes to another project or starts from scratch."""
+    ids = []
+    monkeypatch.setattr(run_log, "start_wandb", lambda *arguments: ids.append(arguments[-1]))
+    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [])
+    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], done=10)
+    assert ids[0] == ids[1] == run_json(tmp_path)["wandb"]["id"]
+    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], "other", done=10)
+    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], "other")
+    assert len(set(ids)) == 3 and len(ids) == 4
+
+
+def test_run_json_keeps_the_processes_that_made_the_run(tmp_path, fake_wandb):
+    """A process whose updates were all made again is no part of the run."""
+    for done in (0, 10, 20, 10):
+        RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [], done=done)
+    pieces = run_json(tmp_path)["pieces"]
+    assert [piece["first_update"] for piece in pieces] == [1, 11]
+    assert all(piece["versions"]["torch"] for piece in pieces)
+
+
+def test_a_damaged_run_json_does_not_stop_a_run(tmp_path, fake_wandb):
+    (tmp_path / "run.json").write_text("{")
+    RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [], done=10)
+    assert [piece["first_update"] for piece in run_json(tmp_path)["pieces"]] == [11]

@@ -47,7 +47,7 @@ def test_the_mode(tmp_path, monkeypatch, mode, key, reachable, expected):
         if value:
             monkeypatch.setenv(name, value)
     modes = fake_package(monkeypatch, reachable)
-    run = start_wandb(tmp_path, "project", "name", [], {})
+    run = start_wandb(tmp_path, "project", "name", [], {}, "id")
     assert modes == expected and run.metric == ("*", "update_step")
 
 
@@ -65,7 +65,7 @@ def test_a_key_in_netrc(tmp_path, monkeypatch):
 
 def test_without_the_package_there_is_no_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` fail
-    assert start_wandb(tmp_path, "project", "name", [], {}) is None
+    assert start_wandb(tmp_path, "project", "name", [], {}, "id") is None
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Throughput, MFU, the meter, the profile and the collector, each alone."""
 
+import dataclasses
 import types
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def test_rates_since_the_last_logged_line(now):
     summary = meter.summary()
     assert summary.pop("peak_memory_bytes") > 10e6
     wanted = {
+        "updates": 3,
         "train_seconds": 6,
         "tokens_per_second": 150,
         "examples_per_second": 2,
@@ -148,3 +150,42 @@ def test_the_measurement_of_the_peak_is_not_the_runs_memory(monkeypatch):
     work = WorkPerStep.measure("tokens", 4, 100, 5_000, torch.bfloat16, ranks)
     assert calls == ["barrier", device, device]
     assert work.peak_flops == 4e12 and work.record()["peak_flops"] == 2e12
+
+
+def test_the_summary_of_a_continued_run_covers_all_processes(now):
+    """Two processes give the summary of one that makes the same updates in the same time."""
+
+    def updates(meter, first, last):
+        for update in range(first, last + 1):
+            now[0] += 2
+            meter.add_analysis(0.5, update % 2 == 0)
+            for _ in meter.time_data(data_that_take(0.25, now)):
+                pass
+            meter.rates(update, 300 * update)
+
+    whole = ThroughputMeter(TEXT, 0, 0, CPU)
+    updates(whole, 1, 6)
+    first = ThroughputMeter(TEXT, 0, 0, CPU)
+    updates(first, 1, 4)
+    totals = first.totals()
+    now[0] += 1_000  # between the processes
+    second = ThroughputMeter(TEXT, 4, 1_200, CPU, totals)
+    updates(second, 5, 6)
+    assert second.summary() == pytest.approx(whole.summary())
+    assert second.rates(7, 2_100)["seconds"] == pytest.approx(15.0)
+    unknown = ThroughputMeter(TEXT, 4, 1_200, CPU)
+    updates(unknown, 5, 6)
+    assert unknown.summary()["updates"] == 2
+
+
+def test_the_utilization_of_processes_with_other_devices(now):
+    """Four seconds on one device and two on one of twice the speed."""
+    first = ThroughputMeter(TEXT, 0, 0, CPU)
+    now[0] += 4
+    first.rates(1, 300)
+    work = dataclasses.replace(TEXT, peak_flops=2 * TEXT.peak_flops)
+    second = ThroughputMeter(work, 1, 300, CPU, first.totals())
+    now[0] += 2
+    second.rates(2, 600)
+    operations = 2 * TEXT.batch_size * TEXT.flops
+    assert second.summary()["mfu"] == pytest.approx(operations / (8 * TEXT.peak_flops))
