@@ -27,7 +27,7 @@ from alphadecay.cli.presets import method_name
 from alphadecay.cli.presets import parse_arguments as parse_with_method
 from peft_pretraining.cli.main import parse_or_exit, run_script
 from peft_pretraining.cli.published import VIT, published_differences
-from peft_pretraining.cli.vit import RESUME_ARGUMENTS, complete, vit_parser
+from peft_pretraining.cli.vit import DATA_ARGUMENTS, RESUME_ARGUMENTS, complete, vit_parser
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -86,8 +86,8 @@ from peft_pretraining.train.loop import (
 )
 from peft_pretraining.train.profiler import profiled
 from peft_pretraining.train.resume import (
+    check_same_settings,
     describe_start,
-    earlier_totals,
     resolve_checkpoint,
     resume,
     truncate_records_after,
@@ -262,6 +262,9 @@ def main(args: argparse.Namespace) -> None:
         if ranks.is_main:
             stack.enter_context(run_lock(run_folder))
         args.continue_from, checkpoint = resolve_checkpoint(args.continue_from, run_folder, ranks)
+        if args.same_settings_only:
+            names = (*RESUME_ARGUMENTS, *DATA_ARGUMENTS)
+            check_same_settings(checkpoint, run_folder, vars(args), names)
         if checkpoint and args.continue_from == "auto" and step_of(checkpoint) >= schedule.total:
             logger.info(f"{run_folder} has made all {schedule.total} updates: nothing to do")
             if ranks.is_main:
@@ -292,7 +295,6 @@ def main(args: argparse.Namespace) -> None:
                 training.decay,
                 data.fingerprint,
                 ranks,
-                args.same_settings_only,
                 config=training.config,
                 extra=training.averages(),
             )
@@ -328,6 +330,7 @@ def main(args: argparse.Namespace) -> None:
             project=wandb_project(args),
             unit="images",
             done=progress["update_step"],
+            source=checkpoint.parents[1] if checkpoint else None,
         )
         checkpoints = Checkpoints(
             run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error
@@ -533,7 +536,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         progress["update_step"],
         progress["images_seen"],
         ranks.device,
-        earlier_totals(log.folder, progress["update_step"]) if ranks.is_main else None,
+        log.earlier_totals,
     )
     steps = meter.time_data(build_train_loader(args, run.data, progress["update_step"], ranks))
     # The analysis of the initial weights.

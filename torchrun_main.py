@@ -23,7 +23,13 @@ from alphadecay.cli.describe import MethodDescription, check_method, describe_me
 from alphadecay.cli.flags import add_flags, decay_from_flags, register_decay_hooks
 from alphadecay.cli.presets import method_name
 from alphadecay.cli.presets import parse_arguments as parse_with_method
-from peft_pretraining.cli.llama import RESUME_ARGUMENTS, complete, llama_parser, packing_mode
+from peft_pretraining.cli.llama import (
+    DATA_ARGUMENTS,
+    RESUME_ARGUMENTS,
+    complete,
+    llama_parser,
+    packing_mode,
+)
 from peft_pretraining.cli.main import parse_or_exit, run_script
 from peft_pretraining.cli.published import LLAMA, published_differences
 
@@ -87,8 +93,8 @@ from peft_pretraining.train.loop import (
 )
 from peft_pretraining.train.profiler import profiled
 from peft_pretraining.train.resume import (
+    check_same_settings,
     describe_start,
-    earlier_totals,
     resolve_checkpoint,
     resume,
     saved_argument,
@@ -165,6 +171,9 @@ def main(args: argparse.Namespace) -> None:
         if ranks.is_main:
             stack.enter_context(run_lock(run_folder))
         args.continue_from, checkpoint = resolve_checkpoint(args.continue_from, run_folder, ranks)
+        if args.same_settings_only:
+            names = (*RESUME_ARGUMENTS, *DATA_ARGUMENTS)
+            check_same_settings(checkpoint, run_folder, vars(args), names)
         done = step_of(checkpoint) if checkpoint else 0
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
@@ -206,7 +215,6 @@ def main(args: argparse.Namespace) -> None:
                 decay,
                 data.fingerprint,
                 ranks,
-                args.same_settings_only,
             )
         if ranks.is_main:
             truncate_records_after(checkpoint, run_folder)
@@ -236,6 +244,7 @@ def main(args: argparse.Namespace) -> None:
             args.tags,
             project=None if args.no_wandb else args.project,
             done=progress["update_step"],
+            source=checkpoint.parents[1] if checkpoint else None,
         )
         checkpoints = Checkpoints(
             run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error
@@ -440,7 +449,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         progress["update_step"],
         progress["tokens_seen"],
         ranks.device,
-        earlier_totals(log.folder, progress["update_step"]) if ranks.is_main else None,
+        log.earlier_totals,
     )
     # What a global batch contains depends on the seed and the number of the update only, not on the
     # number of ranks. A resumed run starts reading at `position`.

@@ -65,7 +65,8 @@ def parse_arguments() -> argparse.Namespace:
         "--max_tokens",
         type=token_count,
         metavar="N",
-        help="use at most so many tokens for training, e.g. 100M (default: all)",
+        help="use at most so many tokens for training, e.g. 100M (default: all); a larger "
+        "number continues a folder that was prepared with a smaller one",
     )
     parser.add_argument(
         "--validation_file",

@@ -10,6 +10,11 @@
 # FOLDER/STEP.log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-}" in
+    --help | -h) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "scripts/quickstart_vit.sh"; exit ;;
+    -*) echo "error: unknown option $1; the only argument is the folder, see --help" >&2; exit 2 ;;
+esac
+[ $# -lt 2 ] || { echo "error: one folder is enough, not $#; see --help" >&2; exit 2; }
 source scripts/environment.sh
 
 folder="${1:-runs/quickstart_vit}" seed="${SEED:-5}" measured=results/quickstart/vit.json

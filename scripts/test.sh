@@ -6,6 +6,9 @@
 #   bash scripts/test.sh -k resume     other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-}" in
+    --help | -h) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "scripts/test.sh"; exit ;;
+esac
 source scripts/environment.sh
 
 if [ "${1:-}" = --fast ]; then

@@ -6,7 +6,7 @@ Importing this module and building the parser does not load torch.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from alphadecay.cli.presets import METHOD_OPTIONS, METHOD_PRESETS
 from alphadecay.cli.types import method, str_to_bool, type_multipliers
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from alphadecay.balancer import AlphaDecay
     from alphadecay.baselines.adadecay import AdaDecay
     from alphadecay.baselines.awd import AWD
-
-
-# A flag that turns something on, and also takes true and false, as in published commands.
-SWITCH: dict[str, Any] = {
-    "type": str_to_bool,
-    "nargs": "?",
-    "const": True,
-    "default": False,
-    "metavar": "BOOL",
-}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +35,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(METHOD_PRESETS)}. Options are added by +, as in alphadecay+iso_budget: "
         f"{', '.join(METHOD_OPTIONS)} (default: the method that the flags below give)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--use_modulewise_wd",
-        **SWITCH,
-        help="give each module its own weight decay (default: --weight_decay everywhere)",
+        "give each module its own weight decay (default: --weight_decay everywhere)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--alpha_positively_with_WD",
-        **SWITCH,
-        help="the decay rises with the score (the method); without it the order is reversed "
-        "(a control)",
+        "the decay rises with the score (the method); without it the order is reversed (a control)",
     )
     group.add_argument(
         "--unbalancedWD_every",
@@ -92,6 +81,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_analysis_flags(group)
     _add_baselines_and_controls(
         parser.add_argument_group("baselines and controls, see also --method")
+    )
+
+
+def _add_switch(group: argparse._ArgumentGroup, flag: str, help: str) -> None:
+    """Add a flag that turns something on; it also takes true and false, as published commands do."""
+    group.add_argument(
+        flag,
+        type=str_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help=help if "(default" in help else f"{help} (default false)",
     )
 
 
@@ -151,10 +153,10 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
         help="which modules are balanced: all but the first and the last (reference, default), "
         "or every module inside a numbered block (all_blocks)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--esd_async",
-        **SWITCH,
-        help="analyse in the background while training goes on; the new decays take effect "
+        "analyse in the background while training goes on; the new decays take effect "
         "--esd_lag updates later",
     )
     group.add_argument(
@@ -168,31 +170,30 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_baselines_and_controls(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the baselines, of the controls, and of AdamC and cautious decay."""
-    group.add_argument(
+    _add_switch(
+        group,
         "--use_AWD_NeurIPS2023",
-        **SWITCH,
-        help="baseline: adaptive weight decay (Ghiasi et al. 2023)",
+        "baseline: adaptive weight decay (Ghiasi et al. 2023)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--use_AdaDecay",
-        **SWITCH,
-        help="baseline: a decay for each element at each step (Nakamura and Hong 2019)",
+        "baseline: a decay for each element at each step (Nakamura and Hong 2019)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--iso_budget",
-        **SWITCH,
-        help="rescale module-wise decays so that their mean, weighted by parameters, is "
-        "--weight_decay",
+        "rescale module-wise decays so that their mean, weighted by parameters, is --weight_decay",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--one_shot",
-        **SWITCH,
-        help="control: freeze the decays after the first analysis during training",
+        "control: freeze the decays after the first analysis during training",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--shuffle_decays",
-        **SWITCH,
-        help="control: permute the decays over the modules, in a fixed random order",
+        "control: permute the decays over the modules, in a fixed random order",
     )
     group.add_argument(
         "--shuffle_seed",
@@ -200,10 +201,10 @@ def _add_baselines_and_controls(group: argparse._ArgumentGroup) -> None:
         default=0,
         help="with --shuffle_decays: seed of the random order (default 0)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--type_constant",
-        **SWITCH,
-        help="control: one constant decay for each module type, without any spectrum",
+        "control: one constant decay for each module type, without any spectrum",
     )
     group.add_argument(
         "--type_multipliers",
@@ -214,15 +215,15 @@ def _add_baselines_and_controls(group: argparse._ArgumentGroup) -> None:
         "Gaussian matrices of the modules' shapes have: for LLaMA S1 for attention and S2 for "
         "the MLP)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--adamc",
-        **SWITCH,
-        help="the weights of all layers but the last decay by lr^2 / peak lr (Defazio 2025)",
+        "the weights of all layers but the last decay by lr^2 / peak lr (Defazio 2025)",
     )
-    group.add_argument(
+    _add_switch(
+        group,
         "--cautious_decay",
-        **SWITCH,
-        help="decay only the elements that the update also moves towards zero",
+        "decay only the elements that the update also moves towards zero",
     )
 
 

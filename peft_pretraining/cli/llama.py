@@ -73,6 +73,17 @@ RESUME_ARGUMENTS = (
     "cautious_decay",
 )
 
+# A checkpoint stores a fingerprint of the data and the model's config instead of these.
+DATA_ARGUMENTS = (
+    "model_config",
+    "dataset",
+    "validation_file",
+    "tokenizer",
+    "max_length",
+    "packing",
+    "packing_attention",
+)
+
 POSITIVE = (
     "num_training_steps",
     "max_train_tokens",
@@ -237,7 +248,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         type=token_count,
         metavar="N",
         help="Length of the training in tokens, padding included, instead of --num_training_steps. "
-        "For instance 100M or 1B.",
+        "For instance 100M or 1B (default: as many as the updates have).",
     )
     group.add_argument(
         "--warmup_steps",
@@ -251,7 +262,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="Learning-rate schedule after the warm-up (default cosine).",
     )
     group.add_argument(
-        "--cycle_length", type=int, help="Updates in a cycle of --scheduler cosine_restarts."
+        "--cycle_length",
+        type=int,
+        help="Updates in a cycle of --scheduler cosine_restarts, which needs it (no default).",
     )
     group.add_argument(
         "--min_lr_ratio",
@@ -347,7 +360,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "--keep_every",
         type=int,
         metavar="M",
-        help="Never delete the checkpoint of an update that is a multiple of M.",
+        help="Never delete the checkpoint of an update that is a multiple of M (default: no such "
+        "checkpoints).",
     )
     group.add_argument("--save_dir", metavar="FOLDER", help="Run folder (default runs/NAME).")
     add_resume(group)

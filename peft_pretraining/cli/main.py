@@ -1,5 +1,7 @@
 """Run a script: a user error ends it with one line and exit code 2."""
 
+import contextlib
+import json
 import os
 import sys
 import time
@@ -54,5 +56,22 @@ def _report(error: UserError) -> int:
     if rank:
         time.sleep(SECONDS_FOR_RANK_0)
     where = f" on rank {rank}" if rank else ""
-    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    sentence = f"error{where}: {error}"
+    print(sentence, file=sys.stderr, flush=True)
+    _tell_torchrun(sentence)
     return USER_ERROR
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """Hand the sentence to torchrun, which prints a traceback of its own and then this file.
+
+    So the sentence is the last text on the screen. The file's format is that of
+    torch.distributed.elastic's error handler, which is not imported because that takes seconds.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    details = {"timestamp": str(int(time.time()))}
+    message = {"message": f"none\n\n{sentence}\n", "extraInfo": details}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf8") as file:
+        json.dump({"message": message}, file)

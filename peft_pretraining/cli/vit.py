@@ -85,6 +85,9 @@ RESUME_ARGUMENTS = (
     "cautious_decay",
 )
 
+# A checkpoint stores a fingerprint of the data and timm's description of the model instead.
+DATA_ARGUMENTS = ("model", "data_set", "data_path", "eval_data_path", "nb_classes", "input_size")
+
 POSITIVE = (
     "batch_size",
     "update_freq",
@@ -187,7 +190,7 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="More arguments for timm.create_model, for instance patch_size=8.",
+        help="More arguments for timm.create_model, for instance patch_size=8 (default: none).",
     )
     group.add_argument(
         "--drop_path",
@@ -211,7 +214,9 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
         "digits.",
     )
     group.add_argument(
-        "--data_path", metavar="FOLDER", help="The images; --data_set digits needs none."
+        "--data_path",
+        metavar="FOLDER",
+        help="The images (no default; --data_set digits needs none).",
     )
     group.add_argument(
         "--eval_data_path",
@@ -253,7 +258,8 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--finetune",
         metavar="FILE",
-        help="Start with the weights of this checkpoint (.pth or .safetensors).",
+        help="Start with the weights of this checkpoint (.pth or .safetensors) (default: "
+        "fresh weights).",
     )
     group.add_argument(
         "--head_init_scale",
@@ -270,7 +276,7 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model_prefix",
         default="",
-        help="With --finetune: prefix of the names in the file, which is removed.",
+        help="With --finetune: prefix of the names in the file, which is removed (default: none).",
     )
 
 
@@ -330,7 +336,7 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="Minimum and maximum side ratio of CutMix, used instead of its alpha.",
+        help="Minimum and maximum side ratio of CutMix, used instead of its alpha (default: its alpha).",
     )
     group.add_argument(
         "--mixup_prob",

@@ -40,8 +40,13 @@ class RunLog:
         tags: The tags of the W&B run.
         project: The W&B project. None: do not use W&B.
         unit: What throughput counts: `tokens` or `images`.
-        done: Updates that earlier processes of this run made. Above 0, run.json keeps what it says
-            about these processes, and the run in W&B goes on.
+        done: Updates that earlier processes made.
+        source: The folder of the run that made them; None if there are none. run.json keeps what it
+            says about them, and if it is this run's folder, the run in W&B goes on.
+
+    Attributes:
+        earlier_totals: Where the time of these updates went, as `checkpoint` recorded it; None if
+            there are none, or if they were made by an earlier version.
     """
 
     def __init__(
@@ -54,22 +59,31 @@ class RunLog:
         project: str | None = "alphadecay",
         unit: str = "tokens",
         done: int = 0,
+        source: Path | None = None,
     ):
         self.folder, self.enabled, self.unit = folder, ranks.is_main, unit
         self._progress: Progress | None = None
         self._wandb: Any = None
         self._warned = False
+        self.earlier_totals: dict[str, float] | None = None
         if not self.enabled:
             return
-        before = _read_json(folder / RUN) if done else {}
+        before = _read_json(source / RUN) if source else {}
+        totals = {
+            update: numbers
+            for update, numbers in before.get("totals", {}).items()
+            if int(update) <= done
+        }
+        self.earlier_totals = totals.get(str(done))
         environment = environment_info(ranks)
         piece = {"first_update": done + 1} | environment
         self.description = description | environment
         self.description["pieces"] = [
             earlier for earlier in before.get("pieces", ()) if earlier["first_update"] <= done
         ] + [piece]
+        self.description["totals"] = totals
         if project:
-            known = before.get("wandb") or {}
+            known = before.get("wandb") or {} if source == folder else {}
             run_id = known["id"] if known.get("project") == project else new_run_id()
             self.description["wandb"] = {"project": project, "id": run_id}
         self._write_or_warn(_write_json, folder / RUN, self.description)
@@ -92,7 +106,7 @@ class RunLog:
             self._progress.advance()
 
     def checkpoint(self, update: int, totals: dict[str, float]) -> None:
-        """Record in metrics.jsonl that a checkpoint is saved after an update.
+        """Record in run.json that a checkpoint is saved after an update.
 
         Args:
             update: The update.
@@ -100,8 +114,8 @@ class RunLog:
                 that continues the run counts from there.
         """
         if self.enabled:
-            record = {"update_step": update, "checkpoint": True, "totals": totals}
-            self._write_or_warn(append_json, self.folder / METRICS, [record])
+            self.description["totals"][str(update)] = totals
+            self._write_or_warn(_write_json, self.folder / RUN, self.description)
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Log the metrics of an update or an evaluation to metrics.jsonl, W&B and the screen."""

@@ -1,7 +1,7 @@
 """Start or resume a run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from peft_pretraining.checkpoint.format import TRAINER, checkpoints_of, step_of
 from peft_pretraining.checkpoint.load import load_checkpoint
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.process_group import DistributedContext
-from peft_pretraining.records.jsonl import METRICS
-from peft_pretraining.records.reader import read_lines
+from peft_pretraining.records.jsonl import RUN
 from peft_pretraining.records.run_dir import check_no_existing_run, copy_records_up_to
 from peft_pretraining.train.signals import was_restarted
 from peft_pretraining.train.step import WeightDecayScheduler
@@ -68,7 +67,6 @@ def resume(
     decay: WeightDecayScheduler | None,
     data_fingerprint: str,
     ranks: DistributedContext,
-    same_settings_only: bool = False,
     config: dict | None = None,
     extra: dict[str, nn.Module] | None = None,
 ) -> dict:
@@ -76,13 +74,12 @@ def resume(
 
     Args:
         checkpoint: folder of the checkpoint.
-        arguments: the arguments of this run by name.
+        arguments: the arguments of this run by name. A difference from those in the checkpoint is
+            a warning.
         total_updates: updates of the whole run.
         model, optimizer, decay: what the checkpoint is loaded into.
         data_fingerprint: of this run's data; see `Data`.
         ranks: the processes of the run.
-        same_settings_only: refuse arguments that differ from those in the checkpoint. Otherwise a
-            difference is a warning.
         config, extra: see `load_checkpoint`.
 
     Returns:
@@ -90,10 +87,8 @@ def resume(
 
     Raises:
         UserError: the checkpoint belongs to other data or to another kind of weight decay, does not
-            fit the decay flags, has made all updates, or was made with other arguments.
+            fit the decay flags, or has made all updates.
     """
-    if same_settings_only:
-        _check_same_settings(checkpoint, arguments)
     trainer = load_checkpoint(checkpoint, model, optimizer, ranks, config, extra)
     if trainer["data"] != data_fingerprint:
         raise UserError(
@@ -127,23 +122,40 @@ def resume(
     return trainer["progress"]
 
 
-def _check_same_settings(checkpoint: Path, arguments: Mapping[str, Any]) -> None:
-    """Check that a checkpoint was made with these arguments.
+def check_same_settings(
+    checkpoint: Path | None, run_folder: Path, arguments: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Check that the run which a command would continue was made with the same settings.
+
+    Args:
+        checkpoint: the checkpoint to continue from. None: the run has none yet, and its run.json
+            says which settings it was started with.
+        run_folder: the run folder.
+        arguments: the arguments of this run by name.
+        names: the arguments that must be equal.
 
     Raises:
         UserError: the message names every argument that differs.
     """
-    saved = json.loads((checkpoint / TRAINER).read_text(encoding="utf8"))["arguments"]
+    if checkpoint:
+        saved = json.loads((checkpoint / TRAINER).read_text(encoding="utf8"))["arguments"]
+        what = str(checkpoint)
+    else:
+        try:
+            saved = json.loads((run_folder / RUN).read_text(encoding="utf8"))["arguments"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # there is no run yet
+        what = f"the run in {run_folder}"
     # A choice that the run makes itself at its start, such as --loss auto, is taken over.
     changed = [
-        f"--{name} {value} there, {arguments[name]} here"
-        for name, value in saved.items()
-        if arguments.get(name, value) not in (value, "auto")
+        f"--{name} {saved[name]} there, {arguments[name]} here"
+        for name in names
+        if name in saved and arguments[name] not in (saved[name], "auto")
     ]
     if changed:
         raise UserError(
-            f"{checkpoint} was made with other settings ({'; '.join(changed)}): give --name NEW "
-            "for another run, or --continue_from auto to continue this one with the new settings"
+            f"{what} was made with other settings ({'; '.join(changed)}): give --name NEW for "
+            "another run, or --continue_from auto to continue this one with the new settings"
         )
 
 
@@ -175,23 +187,6 @@ def truncate_records_after(checkpoint: Path | None, run_folder: Path) -> None:
         logger.warning(
             f"{newer} is newer than the checkpoint being resumed: renamed to {newer.name}.abandoned"
         )
-
-
-def earlier_totals(run_folder: Path, update: int) -> dict[str, float] | None:
-    """Return where the time of a run went up to a checkpoint, as `RunLog.checkpoint` recorded it.
-
-    Args:
-        run_folder: the run folder, whose records end at the checkpoint.
-        update: number of the checkpoint's update.
-
-    Returns:
-        The totals of `ThroughputMeter`; None if there are none, as in runs of earlier versions.
-    """
-    if not update:
-        return None
-    records = read_lines(run_folder / METRICS, "update_step")
-    found = [r["totals"] for r in records if r["update_step"] == update and "totals" in r]
-    return found[-1] if found else None
 
 
 def describe_start(continue_from: str | None, run_folder: Path) -> str:

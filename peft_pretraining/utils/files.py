@@ -99,6 +99,7 @@ def atomic_directory(
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        _make_readable(temporary)
         if keep_existing and path.is_dir():
             shutil.rmtree(temporary)
             return
@@ -111,6 +112,21 @@ def atomic_directory(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _make_readable(folder: Path) -> None:
+    """Give the files in a new folder the permissions that the umask asks for.
+
+    safetensors writes files that only their owner can read, so a colleague in the same group could
+    not load a checkpoint. The umask is read off a new file, because asking for it changes it.
+    """
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | mode)
 
 
 def replace_directory(new: Path, path: Path, *, durable: bool = True) -> None:

@@ -14,8 +14,7 @@
 #   --dry_run          print the command and do nothing
 #
 # The run folder (runs/NAME, or --save_dir) must be on a file system that all nodes share. A run
-# that died or was stopped continues from its newest checkpoint: --continue_from auto is added
-# unless you give another. SIGTERM (and SIGUSR1, if torchrun has --signals-to-handle) to this
+# that died or was stopped continues from its newest checkpoint. SIGTERM (and SIGUSR1, if torchrun has --signals-to-handle) to this
 # command on every node makes the run save after the current update. torchrun then waits
 # SHUTDOWN_SECONDS (default 240) for the checkpoint.
 set -euo pipefail
@@ -27,6 +26,7 @@ restarts=3 port=29400 id=alphadecay script=torchrun_main.py dry=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
         --dry_run) dry=yes; shift; continue ;;
+        --help | -h) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit ;;
         --nodes | --rdzv_host | --gpus | --port | --id | --max_restarts | --script) ;;
         *) fail "unknown option $1: give the arguments of the training script after --" ;;
     esac
@@ -62,9 +62,6 @@ command=(
     "--rdzv_endpoint=$host:$port" "--rdzv_id=$id"
     "--max_restarts=$restarts" "$script" "$@"
 )
-# main_vit.py continues by itself.
-[[ "$script" == *main_vit.py || " $*" == *" --continue_from"* ]] ||
-    command+=(--continue_from auto)
 if [ -n "$dry" ]; then
     printf '%q ' "${command[@]}"
     echo

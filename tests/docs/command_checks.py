@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -20,21 +21,33 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from peft_pretraining.errors import UserError
 from tests.docs.pages import ROOT
+from tests.support import fork_server
 
 MULTINODE, SLURM = "scripts/cluster/multinode.sh", "scripts/cluster/slurm.sbatch"
 GPUS_OF_A_NODE = 8  # where the command does not say
-SBATCH_OPTIONS = {"--nodes", "--gpus-per-node", "--time"}
+SBATCH_OPTIONS = {"--nodes", "--gpus-per-node", "--cpus-per-task", "--time"}
+TRAINING_SCRIPTS = ("torchrun_main.py", "main_vit.py")
 WITH_DRY_RUN = re.compile(r"scripts/(run|tables/\w+)\.sh")
 WITHOUT_ARGUMENTS = re.compile(r"(scripts|benchmarks)/\w+\.sh")
 _modules: dict[str, ModuleType] = {}
+_folder: Path | None = None  # where the command that is being checked is started
 
 
 class Parsed(Exception):
     """Raised in place of the work that a script would do after it has parsed its arguments."""
 
 
-def check(command: str) -> None:
-    """Raise an error if this command would be refused. The command must be of a known kind."""
+def check(command: str, folder: Path | None = None) -> None:
+    """Raise an error if this command would be refused. The command must be of a known kind.
+
+    A training script is started with --dry_run in a copy of the repository.
+
+    Args:
+        command: the command.
+        folder: see `documented_folder`. None: training scripts only parse their arguments.
+    """
+    global _folder
+    _folder = folder
     words = shlex.split(command)
     while words[0] == "env" or re.fullmatch(r"[A-Z_]+=.*", words[0]):
         del words[0]
@@ -99,10 +112,11 @@ def _slurm(script: str, arguments: list[str]) -> None:
 
 
 def _check_printed(words: list[str]) -> None:
+    """Check the commands that a launcher prints; start the first one, and parse the others."""
     lines = _output(["bash", *words])
     assert lines
-    for line in lines:
-        check(line)
+    for i, line in enumerate(lines):
+        check(line, None if i else _folder)
 
 
 def _output(words: list[str]) -> list[str]:
@@ -140,6 +154,47 @@ def _script(name: str, arguments: list[str], world_size: int) -> None:
             assert end.code == 0 and "--help" in arguments, f"{name} {arguments}: refused"
         except UserError as error:
             raise AssertionError(f"{name} {' '.join(arguments)}: {error}") from None
+    if name in TRAINING_SCRIPTS and _folder is not None and "--help" not in arguments:
+        _dry_run(_folder, name, arguments, world_size)
+
+
+def _dry_run(folder: Path, name: str, arguments: list[str], world_size: int) -> None:
+    """Start the script with --dry_run, as rank 0 of its number of processes."""
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        if flag in ("--data_path", "--eval_data_path"):
+            _make_images(folder / value, nested=flag == "--data_path")
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": str(world_size)}
+    done = fork_server.run(
+        [sys.executable, name, *arguments, "--dry_run"], cwd=folder, env=environment
+    )
+    assert done.returncode == 0, f"{name} {arguments}: {done.stderr}"
+    assert "nothing is trained" in done.stdout and not (folder / "runs").exists()
+
+
+def documented_folder(folder: Path) -> Path:
+    """Return a folder with everything of the repository, and with the data that pages name."""
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", "data", ".git"):
+            (folder / path.name).symlink_to(path)
+    text = folder / "text.jsonl"
+    text.write_text("".join(f'{{"text": "This is document {i}."}}\n' for i in range(300)))
+    subprocess.run(
+        [
+            sys.executable, "-m", "peft_pretraining.prepare_data", "--dataset", text,
+            "--tokenizer", "bpe", "--vocab_size", "300", "--output", folder / "data/c4",
+        ],
+        cwd=ROOT, check=True, capture_output=True,
+        env=os.environ | {"ALPHADECAY_CACHE": str(folder / "cache")},
+    )  # fmt: skip
+    return folder
+
+
+def _make_images(folder: Path, nested: bool) -> None:
+    """Make the class folders of ImageNet, with one empty file each, which a dry run only counts."""
+    for part in ("train", "val") if nested else (".",):
+        for i in range(1000):
+            (folder / part / f"n{i:08d}").mkdir(parents=True, exist_ok=True)
+            (folder / part / f"n{i:08d}/0.png").touch()
 
 
 def _parse(module: ModuleType, patch: pytest.MonkeyPatch) -> None:

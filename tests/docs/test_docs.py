@@ -19,7 +19,7 @@ from alphadecay.cli.flags import add_flags
 from alphadecay.cli.presets import METHOD_PRESETS
 from peft_pretraining.cli.llama import llama_parser
 from peft_pretraining.cli.vit import vit_parser
-from tests.docs.command_checks import check
+from tests.docs.command_checks import check, documented_folder
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, commands, inline_code, links
 
 README = ROOT / "README.md"
@@ -34,14 +34,20 @@ page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # ----------------------------------------------------------------------------------------- commands
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """The repository with the data that the pages name."""
+    return documented_folder(tmp_path_factory.mktemp("repository"))
+
+
 @pytest.mark.parametrize("block", blocks("bash"), ids=str)
-def test_commands_work(block, tmp_path):
+def test_commands_work(block, tmp_path, repository):
     if block.text.startswith(EXECUTED):
         environment = {"ALPHADECAY_CACHE": str(tmp_path / "cache")}
         execute(block.text, tmp_path, environment)
         return
     for command in commands(block):
-        check(command)
+        check(command, repository)
 
 
 def execute(script: str, folder: Path, environment: dict[str, str]) -> str:
@@ -172,7 +178,7 @@ def test_paths_exist(page):
 
 def known_flags() -> set[str]:
     """Return the flags of all parsers, and those that shell scripts and benchmarks read."""
-    known = {"--help", "--fast", "--signals-to-handle"}
+    known = {"--help", "--fast", "--signals-to-handle", "--append"}
     for parser in (llama_parser(), vit_parser()):
         add_flags(parser)
         known |= set(parser._option_string_actions)

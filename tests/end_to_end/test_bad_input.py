@@ -173,7 +173,22 @@ def test_a_continued_run_that_died_early_begins_again(folder):
     assert (folder / "run/report.html").exists()
 
 
-def test_under_torchrun_one_rank_speaks(folder):
-    done = run(flags(folder, "--dataset", folder / "nothing.jsonl"), check=False)
+def test_other_settings_are_refused_before_the_first_checkpoint_too(monkeypatch, capfd, folder):
+    """Otherwise the records of the other run would be lost."""
+    (folder / "run").mkdir()
+    record = json.dumps({"arguments": {"lr": 0.5, "loss": "chunked"}})
+    (folder / "run/run.json").write_text(record)
+    text = sentence(monkeypatch, capfd, flags(folder))
+    assert "was made with other settings (--lr 0.5 there, 0.001 here): give --name NEW" in text
+    assert (folder / "run/run.json").read_text() == record
+
+
+@pytest.mark.parametrize("flag", ["--dataset", "--lr"])
+def test_under_torchrun_the_sentence_comes_last(folder, flag):
+    """One rank prints it, and torchrun prints it again below its traceback."""
+    wrong = {"--dataset": folder / "nothing.jsonl", "--lr": "0"}[flag]
+    done = run(flags(folder, flag, wrong), check=False)
     assert done.returncode != 0
-    assert sum(line.startswith("error") for line in done.stderr.splitlines()) == 1
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip(" =")]
+    assert sum(line.startswith("error: ") for line in lines) == 2
+    assert lines[-1].startswith("error: ") and str(wrong) in lines[-1]

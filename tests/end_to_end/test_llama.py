@@ -162,9 +162,13 @@ def assert_same_numbers(folder, other):
 
 def test_an_existing_run_is_not_overwritten(inputs, reference_run):
     before = (inputs / "reference/metrics.jsonl").read_bytes()
-    done = run(small(inputs, num_training_steps=20, save_dir=inputs / "reference"), check=False)
+    again = small(inputs, num_training_steps=20, save_dir=inputs / "reference")
+    done = run([*again, "--continue_from", "none"], check=False)
     assert done.returncode != 0
-    assert done.stderr.count("already holds a run: go on with it by --continue_from auto") == 1
+    assert done.stderr.count("already holds a run: continue it with --continue_from auto") >= 1
+    # By default a run continues, but not with other settings.
+    done = run([*again, "--lr", "0.5"], check=False)
+    assert done.returncode != 0 and "--lr 0.001 there, 0.5 here" in done.stderr
     assert (inputs / "reference/metrics.jsonl").read_bytes() == before
 
 

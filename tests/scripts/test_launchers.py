@@ -6,6 +6,7 @@ requeued.
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,16 +80,38 @@ def test_multinode_prints_its_command():
         "torchrun_main.py",
         "--name",
         "two words",
-        "--continue_from",
-        "auto",
     ]
     assert any(word.startswith("PET_SIGNALS_TO_HANDLE=") and "SIGUSR1" in word for word in words)
 
 
-def test_multinode_leaves_continue_from_alone():
-    for given in (["--continue_from", "runs/a"], ["--continue_from=runs/a"]):
-        done = bash(MULTINODE, "--nodes", 1, "--rdzv_host", "a", "--dry_run", "--", *given)
-        assert done.stdout.split()[-len(given) :] == given and "auto" not in done.stdout
+@pytest.mark.parametrize(
+    "script",
+    [MULTINODE, SLURM, "scripts/quickstart.sh", "scripts/quickstart_vit.sh", "scripts/test.sh",
+     "scripts/docs.sh", "scripts/run.sh", "scripts/tables/adam.sh"],
+)  # fmt: skip
+def test_help_explains_and_starts_nothing(script, tmp_path):
+    """With a PATH that has no Python, no torchrun and no Slurm."""
+    for name in ("bash", "sed", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = bash(script, "--help", PATH=str(tmp_path))
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) > 3 and "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--seed", "3"], ["a", "b"]])
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_vit"])
+def test_a_quickstart_refuses_what_it_does_not_know(name, words):
+    done = bash(f"scripts/{name}.sh", *words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stdout == ""
+
+
+def test_slurm_starts_either_script():
+    done = bash(SLURM, "--dry_run", "--script", "main_vit.py", "--data_set", "digits")
+    words = shlex.split(done.stdout)
+    assert words[words.index("--script") + 1] == "main_vit.py"
+    assert words[-3:] == ["--", "--data_set", "digits"] and "--cpus-per-task" not in done.stdout
+    done = bash(SLURM, "--dry_run", "--name", "x", SLURM_CPUS_PER_TASK="64")
+    assert "--cpus-per-task=64" in shlex.split(done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +296,8 @@ def test_a_run_that_ends_by_itself_is_not_requeued(slurm, tmp_path, code):
     ]
     launched = calls(tmp_path)[1]
     assert (
-        "scripts/cluster/multinode.sh --nodes 2 --rdzv_host node7 --port 24321 --gpus 8 "
-        "--id 4321.0 -- --name x" in launched
+        "scripts/cluster/multinode.sh --nodes 2 --rdzv_host node7 --script torchrun_main.py "
+        "--port 24321 --gpus 8 --id 4321.0 -- --name x" in launched
     )
 
 

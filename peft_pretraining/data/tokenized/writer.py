@@ -128,7 +128,8 @@ def prepare(
         folder: The folder to write: new, empty, or begun with the same settings.
         processes: Number of tokenizing processes.
         shard_tokens: Tokens in a shard. A shard ends with the document that reaches this number.
-        max_tokens: Use at most that many tokens for training. None: all.
+        max_tokens: Use at most that many tokens for training. None: all. A folder that was prepared
+            with a lower limit is continued.
         target_eval_tokens: Keep the fewest validation documents with that many targets in sequences
             of 256 tokens. None: keep all.
         seed: Seed of the order of a streamed source.
@@ -227,7 +228,12 @@ def _start_or_resume(folder: Path, settings: dict) -> dict:
             for name in settings
             if _comparable_setting(before, name) != _comparable_setting(settings, name)
         ]
-        if different:
+        if different == ["max_tokens"] and _is_raised(before["max_tokens"], settings["max_tokens"]):
+            _remove_cut_shard(folder, settings["shard_tokens"])
+            settings = {name: before[name] for name in settings} | {
+                "max_tokens": settings["max_tokens"]
+            }
+        elif different:
             names = ", ".join(
                 "state of the source's files" if name == "stamp" else name for name in different
             )
@@ -235,9 +241,27 @@ def _start_or_resume(folder: Path, settings: dict) -> dict:
                 f"{folder} was begun with another {names}: give another --output, or delete that "
                 "folder."
             )
-        settings = {name: before[name] for name in settings}
+        else:
+            settings = {name: before[name] for name in settings}
     write_json_with_checksum(folder / SETTINGS_FILE, settings)
     return settings
+
+
+def _is_raised(before: int | None, now: int | None) -> bool:
+    """Return whether a limit is higher than before. None: no limit."""
+    return before is not None and (now is None or now > before)
+
+
+def _remove_cut_shard(folder: Path, shard_tokens: int) -> None:
+    """Reopen a folder that ended at a lower limit of tokens.
+
+    The limit may have cut the last training shard. It is made anew, so that the folder gets the
+    same files as one that was prepared with the higher limit at once.
+    """
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    records = sorted(folder.glob("train-*.json"))
+    if records and read_json_with_checksum(records[-1], PREPARE_AGAIN)["tokens"] < shard_tokens:
+        records[-1].unlink()
 
 
 def _comparable_setting(settings: dict, name: str) -> object:

@@ -58,6 +58,90 @@ def test_defaults_are_the_published_settings(monkeypatch):
     assert {k: getattr(args, k) for k in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "words, processes, expected",
+    [  # micro-batch, accumulation, total
+        ("", 1, (256, 2, 512)),
+        ("", 2, (256, 1, 512)),
+        ("", 8, (64, 1, 512)),
+        ("", 64, (8, 1, 512)),
+        ("--total_batch_size 510", 6, (85, 1, 510)),
+        ("--total_batch_size 600", 1, (200, 3, 600)),
+        ("--total_batch_size 1024 --gradient_accumulation 8", 2, (64, 8, 1024)),
+        ("--gradient_accumulation 4", 2, (64, 4, 512)),
+        ("--total_batch_size 514", 1, (2, 257, 514)),
+    ],
+)
+def test_the_micro_batch_follows_from_total_batch_and_processes(
+    monkeypatch, words, processes, expected
+):
+    args = arguments(monkeypatch, *words.split(), world_size=processes)
+    assert (args.batch_size, args.gradient_accumulation, args.total_batch_size) == expected
+    assert args.batch_size * args.gradient_accumulation * processes == args.total_batch_size
+
+
+@pytest.mark.parametrize(
+    "words, processes, message",
+    [
+        ("", 6, "--total_batch_size 512 cannot be divided evenly among 6 processes: .* 510 or 516"),
+        ("--total_batch_size 4", 8, "give for instance 8 or 8"),
+        ("--total_batch_size 512 --gradient_accumulation 3", 1, "not a multiple of"),
+    ],
+)
+def test_batches_that_cannot_be_divided(monkeypatch, words, processes, message):
+    with pytest.raises(UserError, match=message):
+        arguments(monkeypatch, *words.split(), world_size=processes)
+
+
+@pytest.mark.parametrize(
+    "word, name",
+    [("bf16", "bfloat16"), ("BF16", "bfloat16"), ("fp32", "float32"), ("bf16_mixed", "bf16_mixed")],
+)
+def test_words_for_dtypes(monkeypatch, word, name):
+    assert arguments(monkeypatch, "--dtype", word).dtype == name
+
+
+@pytest.mark.parametrize("word, message", [("fp16", "float16 is not supported"), ("x", "none of")])
+def test_dtypes_that_do_not_exist(monkeypatch, word, message):
+    with pytest.raises(UserError, match=message):
+        arguments(monkeypatch, "--dtype", word)
+
+
+def test_words_of_published_commands(monkeypatch):
+    args = arguments(
+        monkeypatch,
+        *("--optimizer", "Adam", "--beta1", "0.0", "--activation_checkpointing", "False"),
+        *("--packing", "true", "--resume", "runs/a"),
+    )
+    assert (args.optimizer, args.packing, args.activation_checkpointing) == ("adam", True, False)
+    assert args.continue_from == "runs/a"
+
+
+@pytest.mark.parametrize(
+    "words, place, same_settings_only",
+    [
+        ("", "auto", True),
+        ("--continue_from auto", "auto", False),
+        ("--continue_from none", None, False),
+        ("--auto_resume false", None, True),
+        ("--continue_from runs/a", "runs/a", False),
+    ],
+)
+def test_where_a_run_starts(monkeypatch, words, place, same_settings_only):
+    args = arguments(monkeypatch, *words.split())
+    assert (args.continue_from, args.same_settings_only) == (place, same_settings_only)
+    with pytest.raises(UserError, match="contradicts --continue_from auto"):
+        arguments(monkeypatch, "--auto_resume", "false", "--continue_from", "auto")
+
+
+def test_the_project(monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert arguments(monkeypatch).project == "alphadecay"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert arguments(monkeypatch).project == "mine"
+    assert arguments(monkeypatch, "--project", "other").project == "other"
+
+
 def test_batch_sizes_follow_from_each_other(monkeypatch):
     args = arguments(monkeypatch, "--batch_size", "8", "--gradient_accumulation", "3", world_size=2)
     assert args.total_batch_size == 48

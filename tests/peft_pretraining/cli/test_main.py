@@ -1,6 +1,7 @@
 """A user error ends a script with one line and exit code 2."""
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from peft_pretraining.cli import main as module
 from peft_pretraining.cli.main import parse_or_exit, run_script
@@ -43,3 +44,16 @@ def test_success(capsys):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
+
+
+def test_torchrun_gets_the_sentence(tmp_path, monkeypatch, capsys):
+    """It reads the file in the format of torch's own error handler."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.delenv("RANK", raising=False)
+    assert run_script(fail) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    assert failure.message["message"].endswith("\n\nerror: no such file\n")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing/error.json"))
+    assert run_script(fail) == 2  # a file that cannot be written is no second error
+    assert capsys.readouterr().err == 2 * "error: no such file\n"

@@ -124,17 +124,19 @@ def test_a_continued_run_is_the_same_run_in_wandb(tmp_path, monkeypatch):
     ids = []
     monkeypatch.setattr(run_log, "start_wandb", lambda *arguments: ids.append(arguments[-1]))
     RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [])
-    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], done=10)
+    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], done=10, source=tmp_path)
     assert ids[0] == ids[1] == run_json(tmp_path)["wandb"]["id"]
-    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], "other", done=10)
+    RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], "other", done=10, source=tmp_path)
     RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], "other")
-    assert len(set(ids)) == 3 and len(ids) == 4
+    (tmp_path / "new").mkdir()
+    RunLog(tmp_path / "new", SINGLE_PROCESS, {}, "a", [], "other", done=10, source=tmp_path)
+    assert len(set(ids)) == 4 and len(ids) == 5
 
 
 def test_run_json_keeps_the_processes_that_made_the_run(tmp_path, fake_wandb):
     """A process whose updates were all made again is no part of the run."""
     for done in (0, 10, 20, 10):
-        RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [], done=done)
+        RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [], done=done, source=tmp_path)
     pieces = run_json(tmp_path)["pieces"]
     assert [piece["first_update"] for piece in pieces] == [1, 11]
     assert all(piece["versions"]["torch"] for piece in pieces)
@@ -142,5 +144,18 @@ def test_run_json_keeps_the_processes_that_made_the_run(tmp_path, fake_wandb):
 
 def test_a_damaged_run_json_does_not_stop_a_run(tmp_path, fake_wandb):
     (tmp_path / "run.json").write_text("{")
-    RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [], done=10)
+    RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [], done=10, source=tmp_path)
     assert [piece["first_update"] for piece in run_json(tmp_path)["pieces"]] == [11]
+
+
+def test_a_continued_run_knows_where_the_time_went(tmp_path, fake_wandb):
+    """Totals after the checkpoint belong to updates that are made again."""
+    log = RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [])
+    assert log.earlier_totals is None
+    log.checkpoint(5, {"seconds": 1.0})
+    log.checkpoint(10, {"seconds": 2.0})
+    log = RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], done=5, source=tmp_path)
+    assert log.earlier_totals == {"seconds": 1.0}
+    assert run_json(tmp_path)["totals"] == {"5": {"seconds": 1.0}}
+    log = RunLog(tmp_path, SINGLE_PROCESS, {}, "a", [], done=7, source=tmp_path)
+    assert log.earlier_totals is None  # by an earlier version

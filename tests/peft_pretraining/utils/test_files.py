@@ -246,3 +246,20 @@ def test_a_suppressed_context_is_not_the_reason():
             raise ValueError("x") from None
     except ValueError as error:
         assert files.reason_of(error) == "x"
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_of_a_new_folder_have_the_permissions_that_the_umask_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with files.atomic_directory(tmp_path / "new") as folder:
+            (folder / "inner").mkdir()
+            private = folder / "inner/private"
+            private.touch(mode=0o600)
+            (folder / "program").touch(mode=0o777)
+    finally:
+        os.umask(before)
+    new = tmp_path / "new"
+    assert (new / "inner/private").stat().st_mode & 0o777 == mode
+    assert (new / "program").stat().st_mode & 0o700 == 0o700
+    assert sorted(path.name for path in new.iterdir()) == ["inner", "program"]
