@@ -67,6 +67,7 @@ from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.data.dataset import Data, load_data
 from peft_pretraining.data.loader import Step, merge_positions, training_batches, validation_batches
 from peft_pretraining.data.preview import preview_data
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import LlamaConfig, load_config
 from peft_pretraining.model.linear_cross_entropy import resolve_loss
@@ -684,8 +685,31 @@ def save(
         "arguments": {name: getattr(args, name) for name in RESUME_ARGUMENTS},
     }
     run.checkpoints.save(
-        progress["update_step"], run.model, run.optimizer, trainer, run.data.tokenizer.hf
+        progress["update_step"],
+        run.model,
+        run.optimizer,
+        trainer,
+        run.data.tokenizer.hf,
+        changes=saved_config(run.model, run.data.tokenizer, args.max_length),
     )
+
+
+def saved_config(model: nn.Module, tokenizer: Tokenizer, max_length: int) -> dict[str, object]:
+    """Return the keys of a checkpoint's config.json that follow from the data.
+
+    With the token ids of the tokenizer, `generate()` stops at the end of a document. The ids of the
+    model config are those of another tokenizer.
+    """
+    changes: dict[str, object] = {
+        "bos_token_id": tokenizer.hf.bos_token_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    rope = model.config.rope_parameters or {}  # type: ignore[union-attr]
+    if rope.get("rope_type", "default") == "default":
+        # Other kinds of rotary embedding compute their angles from this number.
+        changes["max_position_embeddings"] = max_length
+    return changes
 
 
 if __name__ == "__main__":

@@ -6,4 +6,4 @@ IGNORE_INDEX = -100  # the label that torch's cross-entropy ignores
 # `model/linear_cross_entropy.py` and `vision/datasets.py`.
 OPTIMIZERS = ("adam", "adamw", "muon")
 LOSS_NAMES = ("chunked", "plain", "torch", "liger")
-DATA_SETS = ("IMNET", "image_folder", "CIFAR", "digits")
+DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "CIFAR100", "digits")

@@ -85,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_switch(group: argparse._ArgumentGroup, flag: str, help: str) -> None:
-    """Add a flag that turns something on; it also takes true and false, as published commands do."""
+    """Add a flag that turns something on, and that also takes true and false."""
     group.add_argument(
         flag,
         type=str_to_bool,

@@ -80,6 +80,7 @@ class Checkpoints:
         tokenizer: Any = None,
         config: dict[str, Any] | None = None,
         extra: dict[str, nn.Module] | None = None,
+        changes: dict[str, Any] | None = None,
     ) -> None:
         """Start saving the current state. All ranks must call this together.
 
@@ -95,6 +96,8 @@ class Checkpoints:
             tokenizer: An object with `save_pretrained`, or None.
             config: The content of config.json. By default `model.config`, as transformers reads it.
             extra: Further modules whose weights a resumed run needs, by name.
+            changes: Keys of config.json that have other values than in `config`, such as the ids of
+                the tokenizer.
         """
         random_file = io.BytesIO()
         torch.save(random_states(self._ranks.device), random_file)
@@ -108,6 +111,7 @@ class Checkpoints:
                 "architectures": ["LlamaForCausalLM"],
                 "dtype": str(next(model.parameters()).dtype)[6:],
             }
+        config = config | (changes or {})
         weights = state_dict_without_tied_weights(model)
         # The next forward pass changes buffers (statistics of BatchNorm), so copy them now.
         weights |= {

@@ -63,6 +63,12 @@ VIT = (
         lambda args: args.use_modulewise_wd and not args.type_constant,
         typed_only=False,
     ),
+    Difference(
+        "data_set",
+        "CIFAR is CIFAR-100 in the published code, whatever --nb_classes is; give --data_set "
+        "CIFAR100 for that",
+        lambda args: args.data_set == "CIFAR" and args.nb_classes == 10,
+    ),
     Difference("log_dir", "no TensorBoard files are written; the records are in the run folder"),
     Difference(
         "wandb_ckpt",

@@ -209,9 +209,9 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
         choices=DATA_SETS,
         default="IMNET",
         help="IMNET: one folder for each class in FOLDER/train and in FOLDER/val (default). "
-        "image_folder: one folder for each class in --data_path and in --eval_data_path. CIFAR: "
-        "CIFAR-10 or CIFAR-100, depending on --nb_classes. digits: scikit-learn's handwritten "
-        "digits.",
+        "image_folder: one folder for each class in --data_path and in --eval_data_path. CIFAR10, "
+        "CIFAR100; CIFAR is one of them, depending on --nb_classes. digits: scikit-learn's "
+        "handwritten digits.",
     )
     group.add_argument(
         "--data_path",
@@ -226,7 +226,7 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--nb_classes",
         type=int,
-        help="Number of classes (default 1000; for CIFAR and digits 10).",
+        help="Number of classes (default 1000; for CIFAR10, CIFAR100 and digits 10, 100 and 10).",
     )
     add_boolean(
         group,
@@ -336,7 +336,7 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="Minimum and maximum side ratio of CutMix, used instead of its alpha (default: its alpha).",
+        help="Minimum and maximum side ratio of CutMix, used instead of its alpha (default: none).",
     )
     group.add_argument(
         "--mixup_prob",
@@ -510,7 +510,18 @@ def complete(args: argparse.Namespace, world_size: int, method: str) -> argparse
     args.mixes = bool(args.mixup or args.cutmix or args.cutmix_minmax)
     args.num_workers = min(args.num_workers, os.cpu_count() or 1)
     args.total_batch_size = args.batch_size * args.update_freq * world_size
-    args.nb_classes = args.nb_classes or (10 if args.data_set in ("CIFAR", "digits") else 1000)
+    known = {"CIFAR10": 10, "CIFAR100": 100, "digits": 10}.get(args.data_set)
+    if args.data_set == "CIFAR" and args.nb_classes is None:
+        raise UserError(
+            "--data_set CIFAR is CIFAR-100 in the published code, and CIFAR-10 or CIFAR-100 here: "
+            "give --data_set CIFAR10 or CIFAR100"
+        )
+    args.nb_classes = args.nb_classes or known or 1000
+    if known not in (None, args.nb_classes):
+        raise UserError(
+            f"--data_set {args.data_set} has {known} classes: leave --nb_classes "
+            f"{args.nb_classes} out"
+        )
     complete_resume(args)
     name_run(args, args.model, method)
     args.output_dir = args.output_dir or f"runs/{args.name}"

@@ -104,7 +104,9 @@ def load_data(
         if not (source.streamed or stream):
             cached = open_or_prepare(source, split, loaded_tokenizer, cache)
     if cached is not None:
-        return _prepared_data(cached, loaded_tokenizer, max_length, target_eval_tokens, packing)
+        return _prepared_data(
+            cached, loaded_tokenizer, max_length, target_eval_tokens, packing, source.files
+        )
     # Outside `rank_zero_first`: nothing is cached here, so that no rank has to wait for another.
     train = StreamedSequences(cast(Shards, split.train), loaded_tokenizer, max_length, packing)
     validation = tokenize_documents(
@@ -118,7 +120,7 @@ def load_data(
         train,
         validation,
         short_hash(content),
-        _describe(source.name, split.rule, train, validation, loaded_tokenizer),
+        _describe(source.name, split.rule, train, validation, loaded_tokenizer, source.files),
     )
 
 
@@ -177,6 +179,7 @@ def _describe(
     train: Sequences | StreamedSequences,
     validation: Sequences,
     tokenizer: Tokenizer,
+    files: str,
 ) -> str:
     if isinstance(train, Sequences):
         amount = (
@@ -187,7 +190,8 @@ def _describe(
         amount = "streamed"
     origin = {"hash": "held out by hash", "own": "its own split", "file": "from a file"}[rule[0]]
     held_out = f"{_size(validation)}, {validation.target_tokens:,} target tokens, {origin}"
-    return f"{name}, {amount}; validation: {held_out}; tokenizer {tokenizer.name}"
+    read = f"{files}; " if files else ""
+    return f"{name}, {amount}; {read}validation: {held_out}; tokenizer {tokenizer.name}"
 
 
 def _size(sequences: Sequences) -> str:
@@ -201,6 +205,7 @@ def _prepared_data(
     max_length: int,
     target_eval_tokens: int | None,
     packing: Packing,
+    files: str = "",
 ) -> Data:
     index = prepared.index
     train, validation = (
@@ -223,5 +228,5 @@ def _prepared_data(
         train,
         validation,
         short_hash(content),
-        _describe(index["source"], index["split_rule"], train, validation, tokenizer),
+        _describe(index["source"], index["split_rule"], train, validation, tokenizer, files),
     )

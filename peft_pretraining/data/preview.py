@@ -47,4 +47,5 @@ def preview_data(
         return f"pydocs, the docstrings of the installed packages; {validation}{name}; {sequences}"
     source = open_source(dataset, None)
     read = "streamed" if source.streamed or stream else "tokenized before the training"
-    return f"{source.name}, {read}; {validation}{name}; {sequences}"
+    files = f"{source.files}; " if source.files else ""
+    return f"{source.name}, {read}; {files}{validation}{name}; {sequences}"

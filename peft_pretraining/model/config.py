@@ -5,11 +5,14 @@ A class of our own: importing that of transformers takes 1.3 seconds, because it
 by `AutoModelForCausalLM.from_pretrained`.
 """
 
+import difflib
 import importlib.metadata
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from loguru import logger
 
 from peft_pretraining.errors import UserError
 
@@ -30,6 +33,18 @@ LAST_KEYS = ("_name_or_path", "output_attentions")
 # Keys whose values in a file are not kept: `to_dict` writes the first anew, and `rope_parameters`
 # takes the values of the other two.
 REPLACED_KEYS = ("transformers_version", "rope_theta", "rope_scaling")
+# Further keys that configs on the Hub have, and that do not change this model.
+HARMLESS_KEYS = (
+    "model_type",
+    "max_sequence_length",
+    "torch_dtype",
+    "auto_map",
+    "unk_token_id",
+    "sliding_window",
+    "tie_encoder_decoder",
+)
+NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta", "attention_dropout")
+BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -174,8 +189,55 @@ def load_config(path: str | Path) -> LlamaConfig:
             f"--model_config {path}: hidden_size {hidden} must be an even multiple of "
             f"num_attention_heads {heads}, and that a multiple of num_key_value_heads {kv_heads}"
         )
+    _check_values(path, values)
+    _check_keys(path, values)
     # The published configs say pad_token_id -1. torch would read it as the last row of the
-    # embedding and keep word 31999 at zero.
-    if values.get("pad_token_id") is not None and values["pad_token_id"] < 0:
+    # embedding and keep word 31999 at zero. An id outside the vocabulary could not be loaded.
+    if not 0 <= (values.get("pad_token_id") or 0) < values["vocab_size"]:
         values["pad_token_id"] = None
     return LlamaConfig.from_dict(values)
+
+
+def _check_values(path: Path, values: dict[str, Any]) -> None:
+    """Raise UserError for a value that transformers would refuse when the checkpoint is loaded."""
+    for key in NUMBERS:
+        value = values.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"--model_config {path}: {key} must be a number, not {value!r}")
+    for key in BOOLEANS:
+        if not isinstance(values.get(key, False), bool):
+            raise UserError(
+                f"--model_config {path}: {key} must be true or false, not {values[key]!r}"
+            )
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(key), dict | None):
+            raise UserError(
+                f"--model_config {path}: {key} must be a JSON object or null, not {values[key]!r}"
+            )
+    if values.get("sliding_window") is not None:
+        raise UserError(
+            f"--model_config {path}: sliding_window {values['sliding_window']} is not implemented, "
+            "attention is to all tokens before; remove the key or set it to null"
+        )
+
+
+def _check_keys(path: Path, values: dict[str, Any]) -> None:
+    """Remove what a new model cannot have, and name the keys that nothing reads.
+
+    Raises:
+        UserError: A key looks like a known one that was mistyped.
+    """
+    if values.pop("quantization_config", None) is not None:
+        logger.warning(
+            f"{path}: quantization_config is left out, because the model is trained unquantized"
+        )
+    known = {f.name for f in fields(LlamaConfig)} - {"general", "extra"}
+    known |= {*GENERAL_KEYS, *LAST_KEYS, *REPLACED_KEYS, *HARMLESS_KEYS}
+    for key in values.keys() - known:
+        similar = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if similar:
+            raise UserError(
+                f"--model_config {path}: {key} is no key of a LLaMA config; did you mean "
+                f"{similar[0]}?"
+            )
+        logger.warning(f"{path}: {key} has no effect; it is kept in the checkpoints' config.json")

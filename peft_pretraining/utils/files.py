@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -209,6 +209,46 @@ def exclusive_lock(
         yield
     finally:
         lock.release()
+
+
+def walk_files(folder: Path) -> list[str]:
+    """Return the paths of all files below a folder, relative to it, with `/`, sorted.
+
+    Links to folders are followed; a folder that several links lead to is visited once, and so is
+    one that a link below it leads back to.
+    """
+    found: list[str] = []
+    visited: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        found += [Path(place, file).relative_to(folder).as_posix() for file in files]
+    return sorted(found)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a path has a part that belongs to another program, such as `.cache`."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def describe_left_out(left_out: Iterable[tuple[str, str]], shown: int = 3) -> str:
+    """Return how many files are left out for which reason, with the first names; "" for none.
+
+    Args:
+        left_out: (name, reason) of each file.
+        shown: Number of names for each reason.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{len(names):,} {reason} ({', '.join(names[:shown])}{', ...' * (len(names) > shown)})"
+        for reason, names in by_reason.items()
+    )
 
 
 def sha256_file(path: Path) -> str:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.files import describe_left_out, is_hidden, walk_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif",
+)  # fmt: skip
 DIGITS_VALIDATION_SIZE = 360  # of 1,797 images: a fifth
 
 
@@ -33,18 +36,20 @@ class FolderImages:
         files: bytes [n]: paths relative to `folder`. An array, because forked worker processes
             share its memory, while reading a list of strings copies it.
         labels: int64 [n]: index of each image's class.
+        left_out: (path relative to `folder`, reason) of each file that is no image.
     """
 
     folder: Path
     classes: tuple[str, ...]
     files: np.ndarray
     labels: np.ndarray
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int) -> Image:
-        """Return the image in RGB.
+        """Return the image in RGB, upright; see `to_rgb`.
 
         Raises:
             UserError: if the file cannot be decoded; the message names the file.
@@ -54,7 +59,9 @@ class FolderImages:
         path = self.folder / os.fsdecode(self.files[index])
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return to_rgb(image)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except Exception as error:  # decoders raise many kinds of errors for damaged files
             raise UserError(
                 f"{path} cannot be read as an image ({type(error).__name__}: {error}): "
@@ -65,6 +72,34 @@ class FolderImages:
         """Return what identifies the images; it is the same on every machine."""
         names = b"\0".join(self.files.tolist())
         return [self.classes, hashlib.blake2b(names, digest_size=12).hexdigest()]
+
+
+def to_rgb(image: Image) -> Image:
+    """Return an image in RGB, 8 bits a channel, turned as its EXIF orientation says.
+
+    Grey images of 16 bits are scaled. Of an animation the first picture is used, and transparency
+    is dropped.
+
+    Raises:
+        UserError: the pixels are numbers without a fixed range, such as 32-bit integers or floats.
+    """
+    from PIL import Image, ImageOps
+
+    is_grey16 = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        is_grey16 = True  # what these formats hold has 16 bits
+    if image.mode in ("I", "F") and not is_grey16:
+        raise UserError(
+            f"its pixels are 32-bit {'floats' if image.mode == 'F' else 'integers'}, which have "
+            "no fixed range: convert it to 8 or 16 bits, or give --skip_bad_images true"
+        )
+    if is_grey16:
+        # Pillow's own conversion would cut off everything above 255, to white.
+        pixels = np.asarray(image).astype(np.uint32) >> 8
+        grey = Image.fromarray(pixels.astype(np.uint8))
+        grey.info["exif"] = image.info.get("exif", b"")
+        image = grey
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -125,9 +160,9 @@ def load_images(
 
     Args:
         data_set: IMNET: class folders in `data_path`/train and `data_path`/val. image_folder: class
-            folders in `data_path` and in `eval_data_path`. CIFAR: torchvision's CIFAR-10 or
-            CIFAR-100, depending on `n_classes`; downloaded to `data_path` if it is not there.
-            digits: scikit-learn's 1,797 handwritten digits, a fifth of them for validation.
+            folders in `data_path` and in `eval_data_path`. CIFAR, CIFAR10, CIFAR100: torchvision's
+            CIFAR-10 or CIFAR-100, depending on `n_classes`; downloaded to `data_path` if it is not
+            there. digits: scikit-learn's 1,797 handwritten digits, a fifth of them for validation.
         data_path: folder of the data; digits need none.
         eval_data_path: class folders for validation; for IMNET they replace `data_path`/val.
         n_classes: number of classes that the data must have.
@@ -146,7 +181,7 @@ def load_images(
         raise UserError(
             f"--data_set {data_set} needs --data_path FOLDER; --data_set digits needs no data"
         )
-    elif data_set == "CIFAR":
+    elif data_set.startswith("CIFAR"):
         with rank_zero_first():
             train, validation = (
                 _cifar(Path(data_path), n_classes, is_train) for is_train in (True, False)
@@ -163,14 +198,26 @@ def load_images(
         allow_flip=data_set != "digits",
         fingerprint=hashlib.blake2b(signatures, digest_size=12).hexdigest(),
         description=f"{origin}, {len(train):,} images of {len(train.classes):,} classes; "
-        f"validation: {len(validation):,} images",
+        f"validation: {len(validation):,} images{_left_out(train, validation)}",
     )
+
+
+def _left_out(*parts: FolderImages | ArrayImages) -> str:
+    """Return a part of the log line: which files of the class folders are no images."""
+    text = describe_left_out(
+        (f"{part.folder.name}/{name}", reason)
+        for part in parts
+        if isinstance(part, FolderImages)
+        for name, reason in part.left_out
+    )
+    return f"; left out: {text}" if text else ""
 
 
 def read_class_folders(folder: Path) -> FolderImages:
     """List the images of a folder that has one sub-folder for each class.
 
-    Classes are in alphabetical order, the images of a class in the order of their paths.
+    Classes are in alphabetical order, the images of a class in the order of their paths. Hidden
+    folders, such as .ipynb_checkpoints, are no classes, and hidden files are no images.
 
     Args:
         folder: the folder that holds the class folders.
@@ -178,20 +225,25 @@ def read_class_folders(folder: Path) -> FolderImages:
     Raises:
         UserError: if there is no class folder, or one without an image.
     """
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)
+    )
     if not classes:
         raise UserError(
             f"{folder} holds no class folders: it must hold a folder of images for each class"
         )
     files: list[bytes] = []
     labels: list[int] = []
+    left_out: list[tuple[str, str]] = []
     for label, name in enumerate(classes):
-        found = sorted(
-            os.path.relpath(os.path.join(parent, file), folder)
-            for parent, _, children in os.walk(folder / name, followlinks=True)
-            for file in children
-            if file.lower().endswith(EXTENSIONS)
-        )
+        found = []
+        for file in walk_files(folder / name):
+            if is_hidden(file):
+                left_out.append((f"{name}/{file}", "hidden"))
+            elif not file.lower().endswith(EXTENSIONS):
+                left_out.append((f"{name}/{file}", "of another kind"))
+            else:
+                found.append(f"{name}/{file}")
         if not found:
             raise UserError(
                 f"the class folder {folder / name} holds no image "
@@ -199,7 +251,9 @@ def read_class_folders(folder: Path) -> FolderImages:
             )
         files += map(os.fsencode, found)
         labels += [label] * len(found)
-    return FolderImages(folder, tuple(classes), np.array(files), np.array(labels, np.int64))
+    return FolderImages(
+        folder, tuple(classes), np.array(files), np.array(labels, np.int64), tuple(left_out)
+    )
 
 
 def _split_folders(data_set: str, data_path: str, eval_data_path: str | None) -> tuple[Path, Path]:

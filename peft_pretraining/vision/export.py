@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from peft_pretraining.checkpoint.format import WEIGHTS
 from peft_pretraining.checkpoint.state import state_dict_without_tied_weights
+from peft_pretraining.utils.files import atomic_directory
 from peft_pretraining.vision.models import current_name, model_arguments
 from peft_pretraining.vision.transforms import evaluation_crop, normalisation
 
@@ -57,17 +57,10 @@ def export(model: nn.Module, config: dict, accuracy: dict, folder: Path) -> None
         accuracy: what the model reaches on the validation images.
         folder: where to write; an existing folder is replaced.
     """
-    temporary, previous = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     weights = {
         name: tensor.contiguous() for name, tensor in state_dict_without_tied_weights(model).items()
     }
-    save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-    for name, content in (("config.json", config), ("accuracy.json", accuracy)):
-        (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    temporary.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    with atomic_directory(folder) as temporary:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        for name, content in (("config.json", config), ("accuracy.json", accuracy)):
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")

@@ -55,8 +55,9 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             f"--drop_path: {error}"
         ) from error
     with torch.no_grad():
-        for parameter in _classifier_of(model).parameters():
-            parameter.mul_(args.head_init_scale)
+        for layer in _classifiers_of(model):
+            for parameter in layer.parameters():
+                parameter.mul_(args.head_init_scale)
     if args.finetune:
         load_weights(model, Path(args.finetune), args.model_key, args.model_prefix)
     return model
@@ -105,7 +106,9 @@ def load_weights(
         for name, tensor in _read_weights(path, keys).items()
         if name.startswith(prefix)
     }
-    classifier = {id(parameter) for parameter in _classifier_of(model).parameters()}
+    classifier = {
+        id(parameter) for layer in _classifiers_of(model) for parameter in layer.parameters()
+    }
     fresh = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         loaded = weights.get(name)
@@ -144,9 +147,14 @@ def _read_weights(path: Path, keys: str) -> dict[str, Tensor]:
     return content
 
 
-def _classifier_of(model: Any) -> nn.Module:
-    """Return the layer of a model of timm that computes the logits."""
-    return model.get_classifier()
+def _classifiers_of(model: Any) -> tuple[nn.Module, ...]:
+    """Return the layers of a model of timm that compute logits.
+
+    Distilled models have two, whose mean is the output in training and evaluation: without a
+    teacher, timm does not distil.
+    """
+    found = model.get_classifier()
+    return tuple(found) if isinstance(found, tuple | list | nn.ModuleList) else (found,)
 
 
 # ------------------------------------------------------------------------------------------ cost

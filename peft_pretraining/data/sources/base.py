@@ -22,6 +22,8 @@ class Source:
         signature: (name, bytes) of each file; equal on all machines that have the same files.
         file_identity: (path, bytes, ...) of each file, with its modification time; identifies the
             files on this machine.
+        files: A part of the log line: which files of a folder are read, and which are left out and
+            why. Empty for other sources.
     """
 
     name: str
@@ -30,3 +32,4 @@ class Source:
     streamed: bool
     signature: tuple
     file_identity: tuple
+    files: str = ""

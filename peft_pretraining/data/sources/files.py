@@ -15,18 +15,24 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from peft_pretraining.data.sources.base import Source
+from peft_pretraining.data.sources.folders import (
+    ENDINGS,
+    Folder,
+    list_folder,
+    without_compression,
+)
+from peft_pretraining.data.sources.problems import (
+    check_kind,
+    json_problem,
+    read_error,
+    text_problem,
+)
 from peft_pretraining.errors import UserError
 from peft_pretraining.utils.files import reason_of
 
-TEXT_ENDINGS = tuple(
-    kind + compression
-    for kind in (".jsonl", ".json", ".txt")
-    for compression in ("", ".gz", ".xz", ".zst")
-)
-ENDINGS = (*TEXT_ENDINGS, ".parquet")
 # Bytes of uncompressed JSON lines in a shard, at most. A resumed run has to skip up to one shard in
 # each substream; reading this much takes about a second.
 SHARD_BYTES = 2**26
@@ -74,7 +80,7 @@ def _byte_ranges(path: Path) -> list[ByteRange | None]:
     """
     size = path.stat().st_size
     count = 1 << (max(-(-size // SHARD_BYTES), 1) - 1).bit_length()
-    if path.suffix not in (".jsonl", ".json") or count == 1:
+    if path.suffix.lower() not in (".jsonl", ".ndjson", ".json") or count == 1:
         return [None]
     return [(size * i // count, size * (i + 1) // count) for i in range(count)]
 
@@ -83,25 +89,22 @@ def open_files(path: Path, option: str = "--dataset") -> Source:
     """Return a file or folder as a source.
 
     Args:
-        path: A file or a folder. If the folder contains `train/` and `validation/` (or `val/`),
-            these are its split.
-        option: The command-line flag that error messages name.
+        path: A file or a folder, whose splits are told by names; see `list_folder`.
+        option: The command-line flag that error messages name. A folder of --validation_file is
+            read whole.
 
     Raises:
-        UserError: There is no readable file, or no document.
+        UserError: There is no readable file, no document, or it is not clear which files are to be
+            trained on.
     """
-    train, validation = path, None
-    if path.is_dir() and (path / "train").is_dir():
-        validation = next(
-            (path / name for name in ("validation", "val") if (path / name).is_dir()), None
-        )
-        train = path / "train" if validation else path
-    documents = FileDocuments(find_files(train, option))
-    held_out = FileDocuments(find_files(validation, option)) if validation else None
-    for folder, part in ((train, documents), (validation, held_out)):
+    found = find_files(path, option)
+    documents = FileDocuments(found.train)
+    held_out = FileDocuments(found.validation) if found.validation else None
+    for split, part in (("training", documents), ("validation", held_out)):
         if part is not None and next(iter(part), None) is None:
             raise UserError(
-                f"{option} {path}: there is no document in {folder}; give files with text in them."
+                f"{option} {path}: there is no document in the {split} files, such as "
+                f"{part.files[0]}; give files with text in them."
             )
     files = documents.files + (held_out.files if held_out else ())
     root = path if path.is_dir() else path.parent
@@ -112,6 +115,7 @@ def open_files(path: Path, option: str = "--dataset") -> Source:
         streamed=False,
         signature=signature_of(files, root),
         file_identity=identity_of(files),
+        files=found.description if path.is_dir() else "",
     )
 
 
@@ -127,41 +131,26 @@ def identity_of(files: tuple[Path, ...] | list[Path]) -> tuple:
     )
 
 
-def find_files(path: Path, option: str = "--dataset") -> tuple[Path, ...]:
-    """Return the readable files in a folder and its sub-folders, sorted by relative name.
+def find_files(path: Path, option: str = "--dataset") -> Folder:
+    """Return the readable files in a folder and its sub-folders, by their split.
 
     Args:
-        path: A folder, or a file, which is then returned itself.
+        path: A folder, or a file, which is then the only one.
         option: The command-line flag that error messages name.
 
     Raises:
-        UserError: There is no readable file.
+        UserError: There is no readable file, or it is not clear which files are to be trained on.
     """
     if not path.exists():
         raise UserError(f"{option} {path}: there is no such file or folder; give an existing one.")
-    known = ", ".join(ENDINGS)
-    if path.is_file():
-        if not path.name.endswith(ENDINGS):
-            raise UserError(
-                f"{option} {path}: this kind of file is not known; give a file ending in {known}."
-            )
-        return (path,)
-    relative = (
-        file.relative_to(path)
-        for file in path.rglob("*")
-        if file.is_file() and file.name.endswith(ENDINGS)
-    )
-    # Hidden files and folders belong to other programs (.ipynb_checkpoints, ._copies).
-    found = sorted(
-        (file for file in relative if not any(part.startswith(".") for part in file.parts)),
-        key=lambda file: file.as_posix(),
-    )
-    if not found:
+    if path.is_dir():
+        return list_folder(path, option, splits=option == "--dataset")
+    if not path.name.lower().endswith(ENDINGS):
         raise UserError(
-            f"{option} {path}: the folder holds no readable file; put files ending in {known} "
-            "there."
+            f"{option} {path}: this kind of file is not known; give a file ending in "
+            f"{', '.join(ENDINGS)}."
         )
-    return tuple(path / file for file in found)
+    return Folder((path,), (), ())
 
 
 def read_file(path: Path, byte_range: ByteRange | None = None) -> Iterator[str]:
@@ -179,37 +168,39 @@ def read_file(path: Path, byte_range: ByteRange | None = None) -> Iterator[str]:
         UserError: A record is malformed (names the file and the line), or the file's compression or
             encoding is broken.
     """
-    if path.name.endswith(".parquet"):
+    check_kind(path)
+    kind = Path(without_compression(path.name)).suffix.lower()
+    if kind == ".parquet":
         texts = _parquet_texts(path)
-    elif path.name.removesuffix(path.suffix).endswith(".txt") or path.suffix == ".txt":
+    elif kind == ".txt":
         texts = _plain_texts(path)
     else:
         texts = _json_texts(path, byte_range)
     try:
         yield from texts
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read to its end ({reason_of(error)}): it is broken or cut short; "
-            "fetch it again."
-        ) from error
+        raise read_error(path, error, _open_binary) from error
 
 
-def _open_text(path: Path) -> IO[str]:
-    # Reads plain UTF-8 as well, and drops the byte order mark that some editors put first.
-    encoding = "utf-8-sig"
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding=encoding)
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding=encoding)
-    if path.suffix == ".zst":
+def _open_binary(path: Path) -> IO[bytes]:
+    """Open a file for reading; what comes out is uncompressed."""
+    compression = path.suffix.lower()
+    if compression == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if compression == ".xz":
+        return lzma.open(path, "rb")
+    if compression == ".zst":
         import pyarrow
 
         # Not the reader of the library zstandard: it accepts a truncated file without an error,
         # and documents would be lost unnoticed.
-        return io.TextIOWrapper(
-            pyarrow.input_stream(str(path), compression="zstd"), encoding=encoding
-        )
-    return open(path, encoding=encoding)
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+def _open_text(path: Path) -> IO[str]:
+    # Reads plain UTF-8 as well, and drops the byte order mark that some editors put first.
+    return io.TextIOWrapper(_open_binary(path), encoding="utf-8-sig")
 
 
 class _ByteRangeReader(io.RawIOBase):
@@ -253,17 +244,25 @@ def _json_texts(path: Path, byte_range: ByteRange | None) -> Iterator[str]:
             if line.isspace():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                problem = f"not valid JSON ({error}); write an object with a string `text` a line"
+                record = _parse_line(line)
+            except (ValueError, RecursionError) as error:
+                first = 0 if byte_range and byte_range[0] else number
+                problem = json_problem(line, first, error)
                 raise _line_error(path, byte_range, number, problem) from error
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
-                problem = (
-                    "no string in a field `text`; write one object with a string `text` a line"
-                )
-                raise _line_error(path, byte_range, number, problem)
+                raise _line_error(path, byte_range, number, text_problem(record))
             yield replace_lone_surrogates(text)
+
+
+def _parse_line(line: str) -> object:
+    """Return the JSON value of a line; an integer of thousands of digits does not matter."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python refuses to convert so many digits, in any field
+        return json.loads(line, parse_int=str)
 
 
 def _line_error(path: Path, byte_range: ByteRange | None, number: int, problem: str) -> UserError:
@@ -312,8 +311,8 @@ def _parquet_texts(path: Path) -> Iterator[str]:
                     row += 1
     except pyarrow.ArrowInvalid as error:
         raise UserError(
-            f"{path} cannot be read as parquet ({reason_of(error)}): it is broken or cut short; "
-            "fetch it again."
+            f"{path} cannot be read as Parquet ({reason_of(error)}): it is damaged, cut short or "
+            "not Parquet at all; fetch it again, or remove it."
         ) from error
 
 

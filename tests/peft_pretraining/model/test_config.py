@@ -1,9 +1,11 @@
 """LlamaConfig, compared with transformers' class of the same name."""
 
 import json
+from pathlib import Path
 
 import pytest
 import transformers
+from loguru import logger
 
 from peft_pretraining import constants
 from peft_pretraining.errors import UserError
@@ -99,6 +101,12 @@ def test_derived_values():
         ),
         (BASE | {"num_attention_heads": 64}, "an even multiple of num_attention_heads 64"),
         (BASE | {"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
+        (BASE | {"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, not '1e-6'"),
+        (BASE | {"rope_theta": [1]}, "rope_theta must be a number"),
+        (BASE | {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        (BASE | {"rope_scaling": 2.0}, "rope_scaling must be a JSON object or null, not 2.0"),
+        (BASE | {"rope_teta": 1e4}, "rope_teta is no key of a LLaMA config; did you mean rope_th"),
+        (BASE | {"sliding_window": 4096}, "sliding_window 4096 is not implemented"),
     ],
 )
 def test_bad_configs(tmp_path, content, message):
@@ -117,6 +125,28 @@ def test_a_negative_pad_token_is_left_out(tmp_path):
     """torch would read -1 as the last row of the embedding."""
     assert load_config(write(tmp_path, BASE | {"pad_token_id": -1})).pad_token_id is None
     assert load_config(write(tmp_path, BASE | {"pad_token_id": 0})).pad_token_id == 0
+    outside = BASE | {"pad_token_id": BASE["vocab_size"]}
+    assert load_config(write(tmp_path, outside)).pad_token_id is None
+
+
+def test_keys_without_effect_are_named(tmp_path):
+    lines = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    extra = {"quantization_config": {"bits": 4}, "colour": "blue", "sliding_window": None}
+    config = load_config(write(tmp_path, BASE | extra))
+    logger.remove(sink)
+    assert "quantization_config" not in config.to_dict() and config.to_dict()["colour"] == "blue"
+    assert len(lines) == 2 and "quantization_config is left out" in lines[0]
+    assert "colour has no effect" in lines[1]
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_configs_of_the_project_are_read_without_a_warning(path):
+    lines = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    load_config(path)
+    logger.remove(sink)
+    assert lines == []
 
 
 def test_the_command_line_offers_every_loss():

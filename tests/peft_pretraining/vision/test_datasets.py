@@ -77,3 +77,84 @@ def test_wrong_folders_are_refused(tmp_path, damage, n_classes, expected):
     damage(write_images(tmp_path / "images", train=2, val=1))
     with pytest.raises(UserError, match=expected):
         load_images("IMNET", str(tmp_path / "images"), None, n_classes)
+
+
+# ---------------------------------------------------------------------------------- kinds of images
+
+
+def image_in(folder, name, image, **options):
+    """Save an image in each class folder of a data set, and return the data set."""
+    for part in ("train", "val"):
+        for kind in ("a", "b"):
+            (folder / part / kind).mkdir(parents=True, exist_ok=True)
+            image.save(folder / part / kind / name, **options)
+    return load_images("IMNET", str(folder), None, 2)
+
+
+def ramp(dtype, highest):
+    """Grey values from 0 to the highest, [4, 8]."""
+    return np.linspace(0, highest, 32).astype(dtype).reshape(4, 8)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+def test_grey_images_of_16_bits_are_scaled(tmp_path, name):
+    """Pillow's conversion would make everything above 255 white."""
+    values = ramp(np.uint16, 65_535)
+    image = image_in(tmp_path, name, Image.fromarray(values)).train.read(0)
+    np.testing.assert_array_equal(np.asarray(image)[..., 1], values >> 8)
+
+
+@pytest.mark.parametrize("dtype, words", [(np.int32, "32-bit integers"), (np.float32, "32-bit fl")])
+def test_pixels_without_a_fixed_range_are_refused(tmp_path, dtype, words):
+    data = image_in(tmp_path, "x.tif", Image.fromarray(ramp(dtype, 100_000)))
+    with pytest.raises(UserError, match=rf"train/a/x.tif: its pixels are {words}.*convert it"):
+        data.train.read(0)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.jfif", "x.png", "x.webp"])
+def test_images_are_turned_upright(tmp_path, name):
+    """Orientation 6: the camera was turned by 90 degrees."""
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 250
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"format": "JPEG"} if name.endswith("jfif") else {}
+    image = image_in(tmp_path, name, Image.fromarray(pixels), exif=exif, **options).train.read(0)
+    assert image.size == (16, 32)
+    assert np.asarray(image)[4, 8, 0] > 200 and np.asarray(image)[28, 8, 0] < 50
+
+
+@pytest.mark.parametrize(
+    "mode, name", [("P", "x.gif"), ("CMYK", "x.jpg"), ("RGBA", "x.png"), ("LA", "x.png"),
+                   ("1", "x.png"), ("L", "x.bmp")],
+)  # fmt: skip
+def test_other_modes_become_rgb(tmp_path, mode, name):
+    red = Image.new("RGB", (8, 8), (200, 0, 0)).convert(mode)
+    image = image_in(tmp_path, name, red).train.read(0)
+    assert image.mode == "RGB" and image.size == (8, 8)
+    if mode in ("P", "CMYK", "RGBA"):
+        assert np.abs(np.asarray(image)[4, 4].astype(int) - (200, 0, 0)).max() < 12
+
+
+def test_hidden_names_are_neither_classes_nor_images(tmp_path):
+    folder = write_images(tmp_path / "images", train=2, val=1)
+    names = (".ipynb_checkpoints/00.png", "__MACOSX/00.png", "red/._00.png", "red/.thumbs/a.png")
+    for name in names:
+        (folder / "train" / name).parent.mkdir(exist_ok=True)
+        (folder / "train" / name).write_bytes((folder / "train/red/00.png").read_bytes())
+    (folder / "train/red/notes.txt").touch()
+    (folder / "val/green/a.heic").touch()
+    data = load_images("IMNET", str(folder), None, 4)
+    assert data.train.classes == ("blue", "green", "red", "white") and len(data.train) == 8
+    assert data.description.endswith(
+        "; left out: 2 hidden (train/red/._00.png, train/red/.thumbs/a.png); 2 of another kind "
+        "(train/red/notes.txt, val/green/a.heic)"
+    )
+
+
+def test_linked_class_folders_are_read(tmp_path):
+    folder = write_images(tmp_path / "images", train=2, val=1)
+    (folder / "train/red").rename(tmp_path / "red")
+    (folder / "train/red").symlink_to(tmp_path / "red")
+    (tmp_path / "red/loop").symlink_to(tmp_path / "red")
+    assert len(load_images("IMNET", str(folder), None, 4).train) == 8

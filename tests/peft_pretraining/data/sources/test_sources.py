@@ -139,14 +139,77 @@ def test_empty_corpus(tmp_path):
     )
 
 
-@pytest.mark.parametrize("line", ["{broken", '["text"]', '{"text": 3}', '{"txt": "a"}'])
-def test_bad_record_names_file_and_line(tmp_path, line):
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("{broken", "not valid JSON (Expecting property name"),
+        ('["text"]', "the line is a JSON list, not an object; write one object"),
+        ('"text"', "the line is not a JSON object; write one object"),
+        ('{"text": 3}', "the field `text` holds a int, not a string"),
+        ('{"text": null}', "the field `text` holds null, not a string"),
+        ('{"txt": "a", "id": 3}', "no field `text` (its fields: 'txt', 'id')"),
+        ("{}", "no field `text` (its fields: none)"),
+        ('{"text": "a", "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
+    ],
+    ids=range(8),
+)
+def test_bad_record_names_file_and_line(tmp_path, line, problem):
     path = write(tmp_path / "a.jsonl.gz", json_lines(TEXTS) + line + "\n")
     message = error_of(lambda: list(files.read_file(path)))
-    assert (
-        f"{path}, line 4: "
-        f"{'not valid JSON' if line == '{broken' else 'no string in a field `text`'}" in message
-    )
+    assert message.startswith(f"{path}, line 4: ") and problem in message
+
+
+def test_an_integer_of_thousands_of_digits_in_another_field_does_not_matter(tmp_path):
+    line = f'{{"id": {"7" * 5_000}, "text": "here"}}\n'
+    assert read(write(tmp_path / "a.jsonl", line)) == ["here"]
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "a.jsonl holds gzip data, not what its name "
+         "says: rename it to a.jsonl.gz."),
+        ("a.jsonl", lzma.compress(b'{"text": "a"}'), "rename it to a.jsonl.xz."),
+        ("a.jsonl.gz", lzma.compress(b'{"text": "a"}'), "is not gz data, although its name ends"),
+        ("a.jsonl.gz", b'{"text": "a"}', "is not gz data, although its name ends in .gz: rename it "
+         "to a.jsonl, or fetch it again."),
+        ("a.txt", b"PK\x03\x04rest", "holds a zip archive, not what its name says: unpack it"),
+        ("a.json", b"BZh91AY", "holds bzip2 data"),
+        ("a.jsonl", b"PAR1rest", "holds Parquet data, not what its name says: rename it to "
+         "a.parquet."),
+        ("a.parquet", b"PARErest", "holds encrypted Parquet data"),
+        ("a.parquet", b'{"text": "a"}', "cannot be read as Parquet"),
+        ("a.txt", b"\0" * 257 + b"ustar" + b"\0" * 300, "is a tar archive: unpack it"),
+        ("a.txt", "naïve".encode("utf-16"), "is UTF-16 text, and only UTF-8 is read: convert it "
+         "with `iconv -f UTF-16 -t UTF-8 a.txt`."),
+        ("a.txt", "one\nnaïve\n".encode("latin-1"), "a.txt, line 2: byte 0xef is not UTF-8 text; "
+         "if the file is in another encoding, convert it, for instance with `iconv -f LATIN1"),
+        ("a.jsonl.gz", gzip.compress('{"text": "naïve"}'.encode("latin-1")), "line 1: byte 0xef"),
+        ("a.json", b'[\n{"text": "a"},\n{"text": "b"}\n]', "line 1: the file is one JSON value "
+         "over several lines; write one object a line, for instance with `jq -c"),
+        ("a.json", b'[{"text": "a"}]', "line 1: the line is a JSON list"),
+        ("a.json", b'{\n"text": "a"\n}', "the file is one JSON value over several lines"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-20], "cannot be read to its end: "
+         "it ends too early, so it was cut short; fetch it again."),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-8] + b"damaged.", "its data is "
+         "damaged"),
+    ],
+    ids=range(18),
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    message = error_of(read, tmp_path / name)
+    assert expected in message and message.startswith(str(tmp_path / name))
+
+
+def test_a_file_without_permission(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", json_lines(TEXTS))
+
+    def refuse(*arguments, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # root may read everything
+    assert "cannot be opened (Permission denied): make it readable" in error_of(read, path)
 
 
 def test_bad_parquet(tmp_path):
@@ -155,7 +218,7 @@ def test_bad_parquet(tmp_path):
     )
     assert "row 1" in error_of(read, parquet(tmp_path / "b.parquet", {"text": ["a", None]}))
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no parquet at all")
-    assert "c.parquet cannot be read" in error_of(read, tmp_path / "c.parquet")
+    assert "c.parquet cannot be read as Parquet" in error_of(read, tmp_path / "c.parquet")
 
 
 @pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
@@ -166,13 +229,6 @@ def test_broken_compression(tmp_path, packing):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 3 // 4])
     assert f"{path} cannot be read to its end" in error_of(read, path)
-    path.write_bytes(b"this was never compressed")
-    assert f"{path} cannot be read to its end" in error_of(read, path)
-
-
-def test_wrong_encoding(tmp_path):
-    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-    assert "cannot be read" in error_of(read, tmp_path / "a.txt")
 
 
 def test_hash_split_is_disjoint_complete_and_stable(tmp_path):
