@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,7 @@ class Run:
         arguments = section(self.info, "arguments")
         return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
-    @property
+    @functools.cached_property
     def unit(self) -> str:
         """What the run counts its data in: `tokens` or `images`."""
         return "images" if any("images_seen" in record for record in self.training) else "tokens"
@@ -188,6 +190,28 @@ def read_run(folder: Path | str) -> Run:
         module_table(read_lines(folder / "modules.jsonl", "step")),
         label=str(info.get("name") or folder.resolve().name),
     )
+
+
+def read_runs(folders: Sequence[Path | str]) -> tuple[list[Run], list[str]]:
+    """Read several runs; one without metrics does not keep the others from being read.
+
+    Returns:
+        The runs that can be read, and for each other one a sentence that says why not.
+
+    Raises:
+        UserError: A folder does not exist or holds no run.json, or no run can be read.
+    """
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            if not (Path(folder) / "run.json").is_file():
+                raise  # the path is mistyped
+            problems.append(str(error))
+    if not runs:
+        raise UserError(" ".join(problems))
+    return runs, problems
 
 
 def module_table(history: list[dict[str, Any]]) -> Modules | None:

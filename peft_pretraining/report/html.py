@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from loguru import logger
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.records.reader import (
@@ -28,10 +29,13 @@ from peft_pretraining.records.reader import (
     column,
     final_evaluation,
     number,
-    read_run,
+    read_runs,
     section,
 )
+from peft_pretraining.report.labels import label_runs
 from peft_pretraining.report.plots import (
+    accuracies,
+    accuracy_figure,
     analysis_time_label,
     as_svg,
     by_type_figure,
@@ -121,6 +125,25 @@ def method_name(run: Run) -> str:
     ]
     details += [f"{bounds[0]} η to {bounds[1]} η"] if None not in bounds else []
     return "decay by module" + (f" ({', '.join(details)})" if details else "")
+
+
+def method_line(run: Run) -> str:
+    """Return the paragraph that describes what the run's method does; "" if it is not recorded."""
+    details = run.info.get("method_details")
+    if not isinstance(details, str):
+        return ""
+    return f'<p class="lead">{escape(method_name(run))}: {escape(details)}</p>'
+
+
+def accuracy_html(runs: Sequence[Run], position: int) -> str:
+    """Return the figure of the validation accuracies; "" for language models."""
+    shown = [run for run in runs if accuracies(run)]
+    if not shown:
+        return ""
+    caption = "Validation accuracy."
+    if len(shown) > 1:
+        caption = "Top-1 validation accuracy; dashed: of the moving average of the weights."
+    return figure_html(position, as_svg(accuracy_figure, f"f{position}", shown), caption)
 
 
 def run_line(run: Run) -> str:
@@ -342,6 +365,7 @@ def single_page(run: Run) -> str:
     lower = " Below: the learning rate." if np.isfinite(column(run.training, "lr")).any() else ""
     parts = [
         f'<h1>{escape(run.label)}</h1><p class="lead">{escape(run_line(run))}</p>',
+        method_line(run),
         table((), result_rows(run)),
         reference_note([run]),
         figure_html(
@@ -349,7 +373,8 @@ def single_page(run: Run) -> str:
             as_svg(loss_figure, "f1", run),
             f"Training and validation loss.{lower}{loss_caption([run])}",
         ),
-        module_figures(run, 2),
+        accuracy_html([run], 2),
+        module_figures(run, 3 if accuracies(run) else 2),
         details(run, "All arguments, model config and versions"),
     ]
     return "\n".join(parts)
@@ -412,6 +437,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         else "",
         reference_note(runs),
         figure_html(1, as_svg(comparison_figure, "f1", runs), caption + loss_caption(runs)),
+        accuracy_html(runs, 2),
         "<h2>Arguments that differ</h2>"
         if differences
         else "<p>The runs' arguments are the same.</p>",
@@ -477,25 +503,13 @@ def page(title: str, body: str) -> str:
 # ----------------------------------------------------------------------------------------- writing
 
 
-def make_labels_unique(runs: Sequence[Run]) -> None:
-    """Change the labels of runs that have the same name.
-
-    They are labelled by their folder's name, and by a number if that is the same too.
-    """
-    for label_of in (
-        lambda run, i: run.folder.resolve().name,
-        lambda run, i: f"{run.label} #{i + 1}",
-    ):
-        labels = [run.label for run in runs]
-        for i, run in enumerate(runs):
-            if labels.count(run.label) > 1:
-                run.label = label_of(run, i)
-
-
 def write_report(
     run_folder: Path | str, *others: Path | str, output: Path | str | None = None
 ) -> Path:
     """Write the report of a run, or a comparison of several runs.
+
+    A run that cannot be read, because it has no metrics yet or an invalid line (an incomplete last
+    line is ignored), is left out of a comparison, and the log and the page say so.
 
     Args:
         run_folder: The folder of a run, with run.json, metrics.jsonl and perhaps modules.jsonl.
@@ -507,15 +521,19 @@ def write_report(
         The file that was written.
 
     Raises:
-        UserError: A folder is not a run, a run has no metrics, a line of its records is invalid (an
-            incomplete last line is ignored), or the output cannot be written.
+        UserError: A folder is not that of a run, no run can be read, or the output cannot be
+            written.
     """
-    runs = [read_run(folder) for folder in (run_folder, *others)]
-    make_labels_unique(runs)
+    runs, problems = read_runs((run_folder, *others))
+    for problem in problems:
+        logger.warning(f"left out: {problem}")
+    label_runs(runs)
     path = Path(run_folder) / ("comparison.html" if others else "report.html")
     if output is not None:
         path = Path(output)
-    body = comparison_page(runs) if others else single_page(runs[0])
+    body = comparison_page(runs) if len(runs) > 1 else single_page(runs[0])
+    if problems:
+        body += f'<p class="note">Left out: {escape(" ".join(problems))}</p>'
     text = page(" vs. ".join(run.label for run in runs), body)
     try:
         atomic_write(path, text, durable=False)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Without black and yellow, which are invisible on a dark or a white page.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LEGEND_LENGTH = 60  # characters that fit into a figure's width beside a curve
 # Placeholder colours. The page replaces them by its own text and background colours, so that the
 # figures follow dark mode.
 FOREGROUND, BACKGROUND = "#010203", "#010204"
@@ -54,6 +55,32 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     low, high = np.arange(len(values)) - reach, np.arange(len(values)) + reach + 1
     inside = counts[high] - counts[low]
     return np.where(inside > 0, (sums[high] - sums[low]) / np.maximum(inside, 1), np.nan)
+
+
+def thinned(steps: np.ndarray, values: np.ndarray, most: int = 1500) -> np.ndarray:
+    """Return the positions of the points that a curve needs at the resolution of a page.
+
+    A curve with more points than pixels makes the page large and slow. Of each of `most` / 2 equal
+    parts of the curve, its lowest and its highest point are kept, so no spike is lost.
+
+    Args:
+        steps: [n] Where the points are.
+        values: [n] The curve; nan is drawn as a gap, of which one point is kept.
+        most: The largest number of points that are kept, but for the last one.
+    """
+    if len(steps) <= most:
+        return np.arange(len(steps))
+    edges = np.linspace(0, len(steps), most // 2 + 1).astype(int)
+    kept: set[int] = {len(steps) - 1}
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        part = values[low:high]
+        known = np.isfinite(part)
+        if known.any():
+            kept.add(low + int(np.argmin(np.where(known, part, np.inf))))
+            kept.add(low + int(np.argmax(np.where(known, part, -np.inf))))
+        if not known.all():
+            kept.add(low + int(np.argmin(known)))
+    return np.array(sorted(kept))
 
 
 def smoothing_window(run: Run) -> int:
@@ -252,7 +279,7 @@ def new_figure(height: float) -> Figure:
 
 def legend_text(text: str) -> str:
     """Shorten a label for a legend, and escape a leading `_`, with which matplotlib hides it."""
-    short = text if len(text) <= 42 else text[:41] + "…"
+    short = text if len(text) <= LEGEND_LENGTH else text[: LEGEND_LENGTH - 1] + "…"
     return f" {short}" if short.startswith("_") else short
 
 
@@ -340,20 +367,21 @@ def draw_training(axes: Axes, run: Run, colour: str, label: str, raw: bool) -> N
     steps, loss = column(run.training, "update_step"), column(run.training, "loss")
     few = len(steps) < 5
     if raw and not few:
-        every = max(1, len(steps) // 3000)  # more points than pixels only make the page larger
+        points = thinned(steps, loss)
         axes.plot(
-            steps[::every],
-            loss[::every],
+            steps[points],
+            loss[points],
             color=colour,
             alpha=0.4,
             linewidth=0.6,
             label="training, each logged update",
         )
     if len(steps):
-        window = smoothing_window(run)
+        curve = loss if few else running_mean(loss, smoothing_window(run))
+        points = thinned(steps, curve)
         axes.plot(
-            steps,
-            loss if few else running_mean(loss, window),
+            steps[points],
+            curve[points],
             color=colour,
             marker="o" if few else "",
             markersize=4,
@@ -404,9 +432,11 @@ def loss_figure(run: Run) -> Figure:
     if limits:
         axes.set_ylim(*limits)
     if rates:
+        steps, lr = column(run.training, "update_step"), column(run.training, "lr")
+        points = thinned(steps, lr)
         lower.plot(
-            column(run.training, "update_step"),
-            column(run.training, "lr"),
+            steps[points],
+            lr[points],
             color=FOREGROUND,
             linewidth=1,
             marker="o" if len(run.training) < 5 else "",
@@ -419,6 +449,56 @@ def loss_figure(run: Run) -> Figure:
     lower.set_xlim(left=0, right=last_update(run) * 1.02 or 1)
     update_axis(lower, 8)
     data_axis(axes, seen_per_update(run), run.unit)
+    return figure
+
+
+ACCURACY_NAMES = {
+    "top1": "top-1",
+    "ema_top1": "top-1, moving average of the weights",
+    "top5": "top-5",
+    "ema_top5": "top-5, moving average of the weights",
+}
+
+
+def accuracies(run: Run) -> list[str]:
+    """Return the accuracies that a run of an image classifier records, such as `top1`."""
+    return [name for name in ACCURACY_NAMES if np.isfinite(column(run.evaluations, name)).any()]
+
+
+def accuracy_figure(runs: Sequence[Run]) -> Figure:
+    """Draw the validation accuracies over updates.
+
+    Of a single run all are drawn, of several runs top-1 only: solid of the model, dashed of the
+    moving average of its weights.
+    """
+    figure = new_figure(2.6)
+    axes = figure.subplots()
+    if len(runs) == 1:
+        names = accuracies(runs[0])
+        curves = [(i, runs[0], name, ACCURACY_NAMES[name]) for i, name in enumerate(names)]
+    else:
+        # The legend has one line for each run, that of its first curve.
+        curves = [
+            (i, run, name, "_" if j else legend_text(run.label))
+            for i, run in enumerate(runs)
+            for j, name in enumerate(n for n in accuracies(run) if n.endswith("top1"))
+        ]
+    for position, run, name, label in curves:
+        steps = column(run.evaluations, "update_step")
+        axes.plot(
+            steps,
+            column(run.evaluations, name),
+            color=PALETTE[position % len(PALETTE)],
+            marker=MARKERS[position % len(MARKERS)],
+            markersize=3.5 if len(steps) <= 30 else 2,
+            linestyle="--" if name.startswith("ema") else "-",
+            linewidth=0.9,
+            label=label,
+        )
+    axes.set_ylabel("accuracy (%)" if len(runs) == 1 else "top-1 accuracy (%)")
+    axes.legend(loc="lower right")
+    axes.set_xlim(left=0, right=max(last_update(run) for run in runs) * 1.02 or 1)
+    update_axis(axes, 8)
     return figure
 
 
@@ -462,9 +542,11 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
         for panel, key in ((decay, "weight_decay"), (rate, "lr")):
             # These curves often coincide; dashes make the one behind visible.
             dashes = ("-", "--", ":", "-.")[i % 4]
+            values = column(run.training, key)
+            points = thinned(steps, values)
             panel.plot(
-                steps,
-                column(run.training, key),
+                steps[points],
+                values[points],
                 color=colour,
                 linewidth=1.2,
                 linestyle=dashes,

@@ -56,15 +56,14 @@ def main() -> None:
     args = parse_arguments()
     # Imported here, because torch and matplotlib take seconds and --help needs neither.
     from peft_pretraining.records import reader
-    from peft_pretraining.report.html import make_labels_unique
     from scripts.paper.drawing import draw
 
     # A run that is named twice is one run, not two seeds that agree.
-    runs = [
-        reader.read_run(folder)
-        for folder in {Path(name).resolve(): name for name in args.runs}.values()
-    ]
-    make_labels_unique(runs)
+    runs, problems = reader.read_runs(
+        list({Path(name).resolve(): name for name in args.runs}.values())
+    )
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
     drawn = False
     for path in draw(runs, args.output, args.format, args.block):
         print(path)

@@ -218,6 +218,21 @@ def uniform_run(folder):
     return write_run(folder, "uniform", lines)
 
 
+def vit_run(folder, name="vit", ema=True):
+    """Write a run of an image classifier, with the accuracies of its validations."""
+    lines = metrics(1000, 10, 100)
+    for line in lines:
+        if "eval_loss" in line:
+            top1 = 60 * line["update_step"] / 1000
+            line |= {"top1": top1, "top5": top1 + 20}
+            line |= {"ema_top1": top1 + 2, "ema_top5": top1 + 22} if ema else {}
+            del line["perplexity"], line["reference_perplexity"]
+        elif "tokens_seen" in line:
+            line["images_seen"] = line.pop("tokens_seen")
+            line["throughput_images"] = line.pop("throughput_tokens")
+    return write_run(folder, name, lines)
+
+
 def one_evaluation_run(folder):
     modules = history(llama_modules(4), [0], 3)
     return write_run(folder, "one", [evaluation(3, 9.5, True)], modules, summary=False)
@@ -244,6 +259,7 @@ RUNS = {
     "one evaluation": (one_evaluation_run, 4),
     "one line": (one_line_run, 4),
     "one module": (one_module_run, 5),
+    "vit": (vit_run, 2),
 }
 
 

@@ -10,6 +10,8 @@ from matplotlib import font_manager
 
 from peft_pretraining.records.reader import read_run
 from peft_pretraining.report.plots import (
+    accuracies,
+    accuracy_figure,
     as_svg,
     cell_text,
     heat_map_figure,
@@ -18,8 +20,9 @@ from peft_pretraining.report.plots import (
     loss_figure,
     running_mean,
     short_number,
+    thinned,
 )
-from tests.support.run_folders import metrics, tiny_run, write_run
+from tests.support.run_folders import metrics, tiny_run, vit_run, write_run
 
 
 def test_running_mean_follows_the_plain_definition():
@@ -94,4 +97,41 @@ def test_a_statistic_fits_its_cell(value, text):
 
 def test_legend_texts():
     assert legend_text("_hidden") == " _hidden"
-    assert len(legend_text("x" * 100)) == 42 and legend_text("x" * 42) == "x" * 42
+    assert len(legend_text("x" * 100)) == 60 and legend_text("x" * 60) == "x" * 60
+
+
+def test_a_thinned_curve_keeps_its_shape():
+    """The plain twin looks at every point: no part of the curve loses its lowest or highest one."""
+    steps, values = np.arange(10_007), np.random.default_rng(0).normal(size=10_007)
+    values[5000], values[7001], values[9000:9100] = 40.0, -30.0, math.nan
+    kept = thinned(steps, values, most=100)
+    assert len(kept) <= 150 and kept[-1] == 10_006 and (np.diff(kept) > 0).all()
+    assert {5000, 7001} <= set(kept)
+    for part in np.array_split(np.arange(10_007), 50):
+        inside = [i for i in kept if part[0] - 1 <= i <= part[-1] + 1]
+        assert np.nanmax(values[inside]) >= np.nanmax(values[part[1:-1]])
+        assert np.nanmin(values[inside]) <= np.nanmin(values[part[1:-1]])
+    assert np.isnan(values[kept]).any()  # the gap stays a gap
+    np.testing.assert_array_equal(thinned(steps[:100], values[:100], most=100), np.arange(100))
+
+
+def drawn(figure):
+    """Return {label: values} of the curves of a figure, and the texts of its legend."""
+    axes = figure.axes[0]
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    return curves, [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_accuracy_curves_of_one_run_and_of_several(tmp_path):
+    one = read_run(vit_run(tmp_path / "one"))
+    two = read_run(vit_run(tmp_path / "two", "two", ema=False))
+    assert accuracies(one) == ["top1", "ema_top1", "top5", "ema_top5"]
+    assert accuracies(read_run(tiny_run(tmp_path / "llama"))) == []
+    curves, legend = drawn(accuracy_figure([one]))
+    top1 = [line["top1"] for line in one.evaluations]
+    assert curves["top-1"] == top1 and legend[0] == "top-1" and len(legend) == 4
+    one.label = "one"
+    curves, legend = drawn(accuracy_figure([one, two]))
+    assert legend == ["one", "two"] and curves["one"] == top1
+    assert curves["two"] == [line["top1"] for line in two.evaluations]
+    assert len(curves) == 3  # and the moving average of the first run
