@@ -384,6 +384,8 @@ def dry_run(args: argparse.Namespace) -> None:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     # The gradients are kept twice if they are exchanged; Adam has two moments.
     state = size * (4 + (world_size > 1) + args.model_ema)
+    flops = forward_flops(model, args.input_size)
+    lines["model"] += f", {flops / 1e9:.3g} GFLOPs for a {args.input_size}-pixel image forward"
     lines["data"] = data.description
     lines["memory"] = (
         f"{state / 1e9:.2g} GB on each device for weights, gradients and moments, and the "
@@ -729,6 +731,7 @@ def autocast_context(args: argparse.Namespace, ranks: DistributedContext) -> tor
 def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: DistributedContext) -> None:
     """Evaluate the model of --continue_from or --finetune and print its accuracy."""
     model = build_model(args)  # with the weights of --finetune, if it is given
+    forward_flops(model, args.input_size)  # refuses an image size that the model does not take
     if args.continue_from and not args.same_settings_only:
         checkpoint = find_checkpoint(args.continue_from, Path(args.output_dir), ranks)
         assert checkpoint is not None  # only `auto` finds none without an error

@@ -54,6 +54,11 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             f"--model {name} cannot be built with these --model_kwargs, --input_size and "
             f"--drop_path: {error}"
         ) from error
+    if not callable(getattr(model, "get_classifier", None)):
+        raise UserError(
+            f"--model {name} has no classifier layer, because timm has it as the encoder of other "
+            "models; give the name of an image classifier"
+        )
     with torch.no_grad():
         for layer in _classifiers_of(model):
             for parameter in layer.parameters():
@@ -168,10 +173,22 @@ def forward_flops(model: nn.Module, input_size: int) -> int:
     Args:
         model: the model; it is not changed.
         input_size: pixels of an image's side.
+
+    Raises:
+        UserError: the model does not take images of that size.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes_only = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shapes_only(torch.empty(1, 3, input_size, input_size, device="meta"))
+    # The counter looks for the gradient function of each tensor that a layer takes, and there is
+    # none without gradients: CaiT and others give their parameters to layers.
+    shapes_only = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            shapes_only(torch.empty(1, 3, input_size, input_size, device="meta"))
+    except Exception as error:  # models check the size in many ways, or not at all
+        raise UserError(
+            f"the model cannot be run on images of {input_size} x {input_size} pixels: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; give another "
+            "--input_size, or the one that the model was made for"
+        ) from error
     return counter.get_total_flops()

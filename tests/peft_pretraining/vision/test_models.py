@@ -51,6 +51,46 @@ def test_flops():
     assert next(model.parameters()).device.type == "cpu"
 
 
+# Two classifier layers as a tuple, in two ways; a parameter as the input of a layer; convolutions.
+FAMILIES = {
+    "deit_tiny_distilled_patch16_224": 224,
+    "levit_128s": 224,
+    "cait_xxs24_224": 224,
+    "test_resnet": 64,
+    "convnext_atto": 32,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_of_timm_is_built_trained_and_analysed(name):
+    size = FAMILIES[name]
+    args = ("--model", name, "--input_size", size, "--nb_classes", 10)
+    torch.manual_seed(0)
+    model = build_model(arguments(*args))
+    assert forward_flops(model, size) > 0
+    assert all(p.requires_grad for p in model.parameters())
+    decay = alphadecay.AlphaDecay(model, 1e-5, every=1)
+    optimizer = torch.optim.AdamW(decay.param_groups(), lr=1e-3)
+    logits = model.train()(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 10)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    decay.step(optimizer)
+    optimizer.step()
+    analysed = [row for row in decay.history if row["step"] == 1]
+    assert len(analysed) >= 2 and all(row["reason"] is None for row in analysed)
+
+
+def test_what_a_model_does_not_take_is_one_sentence():
+    with pytest.raises(UserError, match="has no classifier layer, because timm has it as the enc"):
+        with torch.device("meta"):
+            build_model(arguments("--model", "qwen3_vit_88m_enc"))
+    model = timm.create_model("test_vit")
+    for size in (33, 0):
+        with pytest.raises(UserError, match=f"images of {size} x {size} pixels: .*--input_size"):
+            forward_flops(model, size)
+
+
 def test_finetune(tmp_path):
     """Weights are found under a key and a prefix and loaded where they fit.
 

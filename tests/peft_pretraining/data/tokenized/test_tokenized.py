@@ -521,6 +521,24 @@ def test_continuing_with_other_settings_is_refused(whole, tokenizer, tmp_path):
     assert contents(tmp_path / "data") == contents(whole)
 
 
+@pytest.mark.parametrize("before, after", [(3000, 9000), (9000, None), (4100, 8200)])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_raised_limit_goes_on_as_if_it_had_been_given_at_once(
+    before, after, killed, tokenizer, tmp_path
+):
+    make(tmp_path / "at once", tokenizer, max_tokens=after)
+    make(tmp_path / "raised", tokenizer, max_tokens=before)
+    if killed:  # between two shards
+        newest = shard_names(tmp_path / "raised")[-1]
+        for path in (tmp_path / "raised").glob(f"{newest}*"):
+            path.unlink()
+        (tmp_path / "raised" / "index.json").unlink()
+    make(tmp_path / "raised", tokenizer, max_tokens=after)
+    assert contents(tmp_path / "raised") == contents(tmp_path / "at once")
+    with refused("raised was begun with another max_tokens"):
+        make(tmp_path / "raised", tokenizer, max_tokens=before)  # what is there is not cut
+
+
 def test_folders_of_something_else_are_left_alone(tokenizer, tmp_path):
     (tmp_path / "precious.txt").write_text("work of years")
     with refused("holds files of something else: give an --output that is new or empty"):
