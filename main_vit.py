@@ -391,7 +391,8 @@ def dry_run(args: argparse.Namespace) -> None:
         f"{state / 1e9:.2g} GB on each device for weights, gradients and moments, and the "
         "activations of a micro-batch, which are not estimated"
     )
-    lines["start"] = describe_start(args.continue_from, Path(args.output_dir))
+    names = (*RESUME_ARGUMENTS, *DATA_ARGUMENTS)
+    lines["start"] = describe_start(vars(args), Path(args.output_dir), names)
     print(block(f"{args.name} (dry run: nothing is trained)", lines))
     notes = [*method.warnings, *published_differences(VIT, args, sys.argv[1:])]
     print("".join(f"note: {note}\n" for note in notes), end="")

@@ -291,10 +291,7 @@ def dry_run(args: argparse.Namespace) -> None:
     model = model.to(torch.bfloat16) if args.dtype == "bfloat16" else model
     try:
         check_method(args, model, AWD_FACTOR)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-    try:
+        groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
         optimizer = build_optimizer(args.optimizer, split_hidden(groups, model), args.lr)
         register_decay_hooks(args, optimizer)
     except ValueError as error:
@@ -303,7 +300,8 @@ def dry_run(args: argparse.Namespace) -> None:
         args.dataset, args.tokenizer, args.validation_file, args.stream, args.packing
     )
     lines["memory"] = memory_plan(args, world_size)
-    lines["start"] = describe_start(args.continue_from, Path(args.save_dir))
+    names = (*RESUME_ARGUMENTS, *DATA_ARGUMENTS)
+    lines["start"] = describe_start(vars(args), Path(args.save_dir), names)
     print(block(f"{args.name} (dry run: nothing is trained)", lines))
     notes = [*method.warnings, *published_differences(LLAMA, args, sys.argv[1:])]
     print("".join(f"note: {note}\n" for note in notes), end="")

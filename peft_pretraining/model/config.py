@@ -233,7 +233,7 @@ def _check_keys(path: Path, values: dict[str, Any]) -> None:
         )
     known = {f.name for f in fields(LlamaConfig)} - {"general", "extra"}
     known |= {*GENERAL_KEYS, *LAST_KEYS, *REPLACED_KEYS, *HARMLESS_KEYS}
-    for key in values.keys() - known:
+    for key in sorted(values.keys() - known):
         similar = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         if similar:
             raise UserError(

@@ -189,17 +189,24 @@ def truncate_records_after(checkpoint: Path | None, run_folder: Path) -> None:
         )
 
 
-def describe_start(continue_from: str | None, run_folder: Path) -> str:
-    """Return where a run would start, for a dry run. Reads no checkpoint.
+def describe_start(arguments: Mapping[str, Any], run_folder: Path, names: Sequence[str]) -> str:
+    """Return where a run would start, for a dry run. Loads no weights.
+
+    Args:
+        arguments: the arguments of this run by name, with those of `complete_resume`.
+        run_folder: the run folder.
+        names: see `check_same_settings`.
 
     Raises:
         UserError: the run would start in a folder that contains another run.
     """
-    if continue_from not in (None, "auto"):
-        return f"from {continue_from}"
-    existing = checkpoints_of(run_folder)
-    if continue_from == "auto" and existing:
-        return f"from {max(existing, key=step_of)}, the newest checkpoint of this run"
-    if continue_from is None:
+    where = arguments["continue_from"]
+    if where not in (None, "auto"):
+        return f"from {where}"
+    if where is None:
         check_no_existing_run(run_folder)
-    return "from scratch"
+        return "from scratch"
+    newest = max(checkpoints_of(run_folder), key=step_of, default=None)
+    if arguments["same_settings_only"]:
+        check_same_settings(newest, run_folder, arguments, names)
+    return f"from {newest}, the newest checkpoint of this run" if newest else "from scratch"

@@ -14,9 +14,9 @@
 #   --dry_run          print the command and do nothing
 #
 # The run folder (runs/NAME, or --save_dir) must be on a file system that all nodes share. A run
-# that died or was stopped continues from its newest checkpoint. SIGTERM (and SIGUSR1, if torchrun has --signals-to-handle) to this
-# command on every node makes the run save after the current update. torchrun then waits
-# SHUTDOWN_SECONDS (default 240) for the checkpoint.
+# that died or was stopped continues from its newest checkpoint. SIGTERM (and SIGUSR1, if torchrun
+# has --signals-to-handle) to this command on every node makes the run save after the current
+# update. torchrun then waits SHUTDOWN_SECONDS (default 240) for the checkpoint.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }

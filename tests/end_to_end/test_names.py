@@ -83,6 +83,18 @@ def test_a_dry_run_prints_the_same_block_and_writes_nothing(four_runs, inputs, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_refuses_other_settings_than_the_run_was_made_with(four_runs, inputs):
+    folder, _ = four_runs["uniform"]
+    before = sorted(folder.iterdir())
+    settings = {"num_training_steps": 4, "warmup_steps": 1, "unbalancedWD_every": 2}
+    words = words_of(inputs, "uniform", folder, target_eval_tokens=500, save_every=4, **settings)
+    done = run([*words, "--dry_run"], processes=1)
+    assert "model_4, the newest checkpoint of this run" in done.stdout
+    done = run([*words, "--dry_run", "--lr", "0.5"], processes=1, check=False)
+    assert done.returncode == 2 and "--lr 0.001 there, 0.5 here" in done.stderr
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_dry_run_of_a_classifier(inputs, tmp_path):
     words = vit(inputs, tmp_path / "run")
     done = run([*words, "--dry_run"], "main_vit.py")
