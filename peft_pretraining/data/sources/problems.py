@@ -24,6 +24,15 @@ _SIGNATURES = (
     (b"%PDF", "a PDF document", None),
 )
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# The values of JSON that are no strings.
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 # What each ending promises that the file begins with.
 _PROMISED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 
@@ -132,5 +141,5 @@ def text_problem(record: object) -> str:
     if "text" not in record:
         names = ", ".join(itertools.islice(map(repr, record), 5)) or "none"
         return f"no field `text` (its fields: {names}); {advice}"
-    kind = "null" if record["text"] is None else f"a {type(record['text']).__name__}"
+    kind = _KINDS[type(record["text"])]
     return f"the field `text` holds {kind}, not a string; {advice}"

@@ -145,13 +145,14 @@ def test_empty_corpus(tmp_path):
         ("{broken", "not valid JSON (Expecting property name"),
         ('["text"]', "the line is a JSON list, not an object; write one object"),
         ('"text"', "the line is not a JSON object; write one object"),
-        ('{"text": 3}', "the field `text` holds a int, not a string"),
+        ('{"text": 3}', "the field `text` holds a number, not a string"),
         ('{"text": null}', "the field `text` holds null, not a string"),
+        ('{"text": {"a": 1}}', "the field `text` holds an object, not a string"),
         ('{"txt": "a", "id": 3}', "no field `text` (its fields: 'txt', 'id')"),
         ("{}", "no field `text` (its fields: none)"),
         ('{"text": "a", "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_bad_record_names_file_and_line(tmp_path, line, problem):
     path = write(tmp_path / "a.jsonl.gz", json_lines(TEXTS) + line + "\n")
