@@ -13,8 +13,8 @@ evaluation and checkpoints.
 
 import argparse
 import contextlib
+import functools
 import gc
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +28,7 @@ from alphadecay.cli.presets import parse_arguments as parse_with_method
 from peft_pretraining.cli.main import parse_or_exit, run_script
 from peft_pretraining.cli.published import VIT, published_differences
 from peft_pretraining.cli.vit import DATA_ARGUMENTS, RESUME_ARGUMENTS, complete, vit_parser
+from peft_pretraining.parallel.launch import Launch, read_launch
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -37,8 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = vit_parser()
     add_flags(parser)
     args = parse_with_method(parser)
-    # torchrun sets WORLD_SIZE. The size of an update follows from it.
-    return complete(args, int(os.environ.get("WORLD_SIZE", 1)), method_name(vars(args)))
+    # The size of an update follows from the number of processes.
+    return complete(args, read_launch().world_size, method_name(vars(args)))
 
 
 # The command line is parsed before the imports below, which take seconds because of torch and timm:
@@ -46,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
 # objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
 if __name__ == "__main__":
     ARGUMENTS = parse_or_exit(parse_arguments)
-    if ARGUMENTS.dry_run and os.environ.get("RANK", "0") != "0":
+    LAUNCH = parse_or_exit(read_launch)
+    if ARGUMENTS.dry_run and LAUNCH.rank > 0:
         sys.exit()  # rank 0 alone prints what the command would do
     gc.disable()
 
@@ -63,6 +65,7 @@ from alphadecay.param_groups import split_hidden
 from peft_pretraining.checkpoint.find import find_checkpoint
 from peft_pretraining.checkpoint.format import WEIGHTS, step_of
 from peft_pretraining.checkpoint.random_state import seed_random_generators
+from peft_pretraining.checkpoint.retention import tidy
 from peft_pretraining.checkpoint.save import Checkpoints
 from peft_pretraining.errors import UserError
 from peft_pretraining.optim.gradients import clip_gradients, mean_decay
@@ -78,8 +81,10 @@ from peft_pretraining.records.run_log import RunLog
 from peft_pretraining.records.wandb import describe_wandb
 from peft_pretraining.train.flops import BACKWARD_TO_FORWARD_RATIO
 from peft_pretraining.train.loop import (
+    SavePoint,
     finish,
     next_step,
+    saved_on_failure,
     stop_early,
     without_garbage_collection,
     write_run_report,
@@ -99,6 +104,7 @@ from peft_pretraining.train.step import (
     update_weight_decays,
 )
 from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
+from peft_pretraining.utils.seeding import TRAINING, seed_everything
 from peft_pretraining.vision.batchnorm import BatchNormSync
 from peft_pretraining.vision.datasets import ImageData, load_images
 from peft_pretraining.vision.evaluation import evaluate
@@ -111,7 +117,6 @@ from peft_pretraining.vision.loader import (
     validation_batches,
 )
 from peft_pretraining.vision.models import build_model, current_name, forward_flops, load_weights
-from peft_pretraining.vision.seeding import TRAINING, seed_everything
 from peft_pretraining.vision.transforms import training_transform, validation_transform
 
 if __name__ == "__main__":
@@ -230,13 +235,21 @@ class Run:
     log: RunLog
 
 
-def main(args: argparse.Namespace) -> None:
-    """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
+    """Set a run up, or resume it, and train. Raises UserError for what the user can fix.
+
+    Args:
+        args: the arguments.
+        launch: the place of this process among the others; by default as the environment says.
+    """
     if args.dry_run:
         return dry_run(args)
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
-    with process_group(device_type=args.device) as ranks, contextlib.ExitStack() as stack:
+    with (
+        process_group(device_type=args.device, launch=launch) as ranks,
+        contextlib.ExitStack() as stack,
+    ):
         # All ranks start from the same seed, so they build the same initial weights and no rank
         # has to send its own to the others.
         start_logging(ranks)
@@ -265,6 +278,8 @@ def main(args: argparse.Namespace) -> None:
         if args.same_settings_only:
             names = (*RESUME_ARGUMENTS, *DATA_ARGUMENTS)
             check_same_settings(checkpoint, run_folder, vars(args), names)
+        if checkpoint and ranks.is_main:
+            tidy(run_folder, checkpoint, args.save_ckpt_num, None)
         if checkpoint and args.continue_from == "auto" and step_of(checkpoint) >= schedule.total:
             logger.info(f"{run_folder} has made all {schedule.total} updates: nothing to do")
             if ranks.is_main:
@@ -333,7 +348,11 @@ def main(args: argparse.Namespace) -> None:
             source=checkpoint.parents[1] if checkpoint else None,
         )
         checkpoints = Checkpoints(
-            run_folder, ranks, keep=args.save_ckpt_num, on_error=args.on_save_error
+            run_folder,
+            ranks,
+            keep=args.save_ckpt_num,
+            on_error=args.on_save_error,
+            every_minutes=args.save_every_minutes if args.save_ckpt else 0,
         )
         stack.enter_context(without_garbage_collection())
         train(args, Run(training, data, schedule, work, checkpoints, log), progress, ranks)
@@ -368,7 +387,7 @@ def describe_run(
 
 def dry_run(args: argparse.Namespace) -> None:
     """Print what the command would do. Raises UserError for what the training would refuse."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = read_launch().world_size
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     data = load_images(args.data_set, args.data_path, args.eval_data_path, args.nb_classes)
     model = build_model(args)
@@ -533,7 +552,10 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         lambda wrapped: dummy_forward(wrapped, args.input_size, ranks),
     )
     statistics = BatchNormSync(model, ranks)
-    stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
+    # From here on a signal ends the run after the current update, and a rank that does not answer
+    # ends it after minutes, not hours.
+    stop = StopRequest(ranks.launcher)
+    ranks.set_timeout(args.timeout_minutes)
     meter = ThroughputMeter(
         run.work,
         progress["update_step"],
@@ -545,108 +567,108 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     # The analysis of the initial weights.
     log.modules(training.decay.history if training.decay else [])
     log.start_progress(schedule.total, progress["update_step"])
-    saved = progress["update_step"]
+    # Whatever ends the loop, a checkpoint of the last whole update is saved if that is possible.
+    state = SavePoint(progress, functools.partial(save, args, run, meter, statistics))
+    updates = range(progress["update_step"] + 1, schedule.total + 1)
+    with saved_on_failure(state, checkpoints, ranks):
+        for update in profiled(updates, args.profile, log.folder, ranks):
+            # 1. Data. All ranks agree here whether to go on: a signal, an image that cannot be read
+            #    or a failed save on one rank must stop all of them at the same update. They also
+            #    agree whether the last checkpoint is so old that the state is saved in between.
+            agreed = next_step(steps, stop, checkpoints, ranks)
+            micro_batches, stop_reason = agreed.step, agreed.stop_reason
+            if agreed.saves:
+                state.save(temporary=True)
 
-    for update in profiled(range(saved + 1, schedule.total + 1), args.profile, log.folder, ranks):
-        # 1. Data. All ranks agree here whether to go on: a signal, an image that cannot be read or
-        #    a failed save on one rank must stop all of them at the same update.
-        micro_batches, _, stop_reason = next_step(steps, stop, checkpoints, ranks)
+            # 2. Gradients of the mean loss of the global batch, summed over micro-batches and
+            #    ranks.
+            if micro_batches is not None:
+                loss = forward_backward(
+                    parallel, micro_batches, update, args, criterion, mixup, ranks
+                )
+                # Whether the previous update was finite is read only now, when the device finished
+                # it long ago and this update is queued behind it: the host does not have to wait.
+                stop_reason = guard.failure(update - 1, "--clip_grad")
+            if stop_reason is not None:
+                state.save()
+                checkpoints.finish()
+                advice = "the same command goes on" if args.save_ckpt else "nothing was saved"
+                return stop_early(stop_reason, update - 1, log, advice)
 
-        # 2. Gradients of the mean loss of the global batch, summed over micro-batches and ranks.
-        if micro_batches is not None:
-            loss = forward_backward(parallel, micro_batches, update, args, criterion, mixup, ranks)
-            # Whether the previous update was finite is read only now, when the device finished it
-            # long ago and this update is queued behind it: the host does not have to wait.
-            stop_reason = guard.failure(update - 1, "--clip_grad")
-        if stop_reason is not None:
-            if saved < update - 1:
-                save(args, run, progress, meter)
-            checkpoints.finish()
-            advice = "the same command goes on" if args.save_ckpt else "nothing was saved"
-            return stop_early(stop_reason, update - 1, log, advice)
+            # 3. Clip the gradients to --clip_grad, if it is given. The norm stays on the device.
+            norm = clip_gradients(model, args.clip_grad or 0.0)
 
-        # 3. Clip the gradients to --clip_grad, if it is given. The norm stays on the device.
-        norm = clip_gradients(model, args.clip_grad or 0.0)
+            # 4. Check that loss and gradients are finite on all ranks. If they are not, the
+            #    optimizer skips this update; it reads the result on the device, so the host need
+            #    not wait.
+            guard.check_update(update, loss, norm)
 
-        # 4. Check that loss and gradients are finite on all ranks. If they are not, the optimizer
-        #    skips this update; it reads the result on the device, so the host need not wait.
-        guard.check_update(update, loss, norm)
+            # 5. A checkpoint of the previous update may still be being copied to host memory. From
+            #    here on the weights change, so the copy must be complete.
+            checkpoints.before_update()
+            state.whole = False
 
-        # 5. A checkpoint of the previous update may still be being copied to host memory. From here
-        #    on the weights change, so the copy must be complete.
-        checkpoints.before_update()
+            # 6. Learning rate, and the factor on the weight decays. Both depend on the update's
+            #    number alone: resuming needs no state for them.
+            lr, decay_factor = rates(args, update, schedule)
+            set_learning_rate(optimizer, lr)
 
-        # 6. Learning rate, and the factor on the weight decays. Both depend on the update's number
-        #    alone: resuming needs no state for them.
-        lr, decay_factor = rates(args, update, schedule)
-        set_learning_rate(optimizer, lr)
+            # 7. Weight decays. Every --unbalancedWD_every updates the spectra of the weights are
+            #    analysed and each module's group gets a new decay: this is the method.
+            update_weight_decays(training.decay, optimizer, update, meter, log)
 
-        # 7. Weight decays. Every --unbalancedWD_every updates the spectra of the weights are
-        #    analysed and each module's group gets a new decay: this is the method.
-        update_weight_decays(training.decay, optimizer, update, meter, log)
+            # 8. Optimizer step. All decays are scaled by the same factor during the step only, so
+            #    that the ratios between the modules stay as the analysis assigned them.
+            with scaled_decays(optimizer, decay_factor):
+                optimizer.step()
+            optimizer.zero_grad()
+            log.advance()
+            # The running statistics of BatchNorm were changed in the forward pass. If the update
+            # was skipped they are restored.
+            statistics.commit_or_roll_back(optimizer.found_inf)  # type: ignore[attr-defined]  # set in step 4
+            if training.ema:
+                # After a skipped update the average moves once more towards the same weights.
+                training.ema.update(model)
+            images_seen = state.progress["images_seen"] + args.total_batch_size
+            state.reach(update_step=update, images_seen=images_seen)
 
-        # 8. Optimizer step. All decays are scaled by the same factor during the step only, so that
-        #    the ratios between the modules stay as the analysis assigned them.
-        with scaled_decays(optimizer, decay_factor):
-            optimizer.step()
-        optimizer.zero_grad()
-        log.advance()
-        # The running statistics of BatchNorm were changed in the forward pass. If the update was
-        # skipped they are restored.
-        statistics.commit_or_roll_back(optimizer.found_inf)  # type: ignore[attr-defined]  # set in step 4
-        if training.ema:
-            # After a skipped update the average moves once more towards the same weights.
-            training.ema.update(model)
-        progress = progress | {
-            "update_step": update,
-            "images_seen": progress["images_seen"] + args.total_batch_size,
-        }
+            # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read
+            #    in logged updates only.
+            epochs, updates_in_epoch = divmod(update, schedule.epoch)
+            ends_epoch = updates_in_epoch == 0
+            last = update == schedule.total
+            logs = last or update % args.log_every == 0
+            evaluates = ends_epoch and not args.disable_eval
+            saves = (
+                last
+                or (ends_epoch and epochs % args.save_ckpt_freq == 0)
+                or (args.save_every and update % args.save_every == 0)
+            )
+            if logs or update == 1:
+                guard.resolve_pending()
+                record = {
+                    "update_step": update,
+                    "epoch": update / schedule.epoch,
+                    "loss": float(ranks.sum(loss)),
+                    "lr": lr,
+                    "weight_decay": decay_factor * mean_decay(optimizer),
+                    "grad_norm": float(norm),
+                    "skipped_updates": guard.skipped,
+                    "images_seen": images_seen,
+                }
+                log.metrics(record | meter.rates(update, images_seen))
 
-        # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read in
-        #    logged updates only.
-        epochs, updates_in_epoch = divmod(update, schedule.epoch)
-        ends_epoch = updates_in_epoch == 0
-        last = update == schedule.total
-        logs = last or update % args.log_every == 0
-        evaluates = ends_epoch and not args.disable_eval
-        saves = (
-            last
-            or (ends_epoch and epochs % args.save_ckpt_freq == 0)
-            or (args.save_every and update % args.save_every == 0)
-        )
-        if logs or update == 1:
-            guard.resolve_pending()
-            record = {
-                "update_step": update,
-                "epoch": update / schedule.epoch,
-                "loss": float(ranks.sum(loss)),
-                "lr": lr,
-                "weight_decay": decay_factor * mean_decay(optimizer),
-                "grad_norm": float(norm),
-                "skipped_updates": guard.skipped,
-                "images_seen": progress["images_seen"],
-            }
-            log.metrics(record | meter.rates(update, progress["images_seen"]))
-
-        # 10. Evaluate and save. Neither counts as training time.
-        if evaluates:
-            with meter.exclude():
-                try:
-                    progress["best"] = evaluate_and_log(args, run, progress, last, ranks)
-                except UserError:
-                    # For instance a validation image that cannot be read. What has been trained so
-                    # far is saved first.
-                    save(args, run, progress, meter)
-                    checkpoints.finish()
-                    raise
-        if saves:
-            with meter.exclude():
-                save(args, run, progress, meter)
-                saved = update
-        if logs or evaluates or saves:
-            # Python's garbage collector is off, see `without_garbage_collection`. Here it runs on
-            # all ranks at the same time, so that no rank waits for another one's.
-            gc.collect()
+            # 10. Evaluate and save. Neither counts as training time.
+            if evaluates:
+                with meter.exclude():
+                    state.reach(best=evaluate_and_log(args, run, state.progress, last, ranks))
+            if saves:
+                with meter.exclude():
+                    state.save()
+            if logs or evaluates or saves:
+                # Python's garbage collector is off, see `without_garbage_collection`. Here it runs
+                # on all ranks at the same time, so that no rank waits for another one's.
+                gc.collect()
     finish(meter, log, ranks)
     checkpoints.finish()
 
@@ -778,8 +800,11 @@ def evaluate_and_log(
         if result["top1"] > best.get(name, -1.0):
             best[name] = result["top1"]
             if ranks.is_main and args.save_ckpt:
-                accuracy = {"update_step": update} | result
-                export(models[name], training.config, accuracy, Path(args.output_dir) / name)
+                folder = Path(args.output_dir) / name
+                try:
+                    export(models[name], training.config, {"update_step": update} | result, folder)
+                except Exception as error:  # a full disk, in the words of several libraries
+                    run.checkpoints.note_failure(str(folder), error)
     return best
 
 
@@ -791,10 +816,18 @@ def accuracy_line(result: dict) -> str:
     )
 
 
-def save(args: argparse.Namespace, run: Run, progress: dict, meter: ThroughputMeter) -> None:
+def save(
+    args: argparse.Namespace,
+    run: Run,
+    meter: ThroughputMeter,
+    statistics: BatchNormSync,
+    progress: dict,
+    temporary: bool,
+) -> None:
     """Start to save a checkpoint in the background, with everything that a resumed run needs."""
     if not args.save_ckpt:
         return
+    statistics.roll_back()  # a forward pass of the next update may have changed them
     run.log.checkpoint(progress["update_step"], meter.totals())
     training = run.training
     trainer = {
@@ -810,8 +843,9 @@ def save(args: argparse.Namespace, run: Run, progress: dict, meter: ThroughputMe
         trainer,
         config=training.config,
         extra=training.averages(),
+        temporary=temporary,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ARGUMENTS))
+    sys.exit(run_script(main, ARGUMENTS, LAUNCH))

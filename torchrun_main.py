@@ -12,8 +12,8 @@ checkpoints.
 
 import argparse
 import contextlib
+import functools
 import gc
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from peft_pretraining.cli.llama import (
 )
 from peft_pretraining.cli.main import parse_or_exit, run_script
 from peft_pretraining.cli.published import LLAMA, published_differences
+from peft_pretraining.parallel.launch import Launch, read_launch
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -41,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = llama_parser()
     add_flags(parser)
     args = parse_with_method(parser)
-    # torchrun sets WORLD_SIZE. Batch sizes are checked against it before anything is loaded.
-    return complete(args, int(os.environ.get("WORLD_SIZE", 1)), method_name(vars(args)))
+    # Batch sizes are checked against the number of processes before anything is loaded.
+    return complete(args, read_launch().world_size, method_name(vars(args)))
 
 
 # The command line is parsed before the imports below, which take seconds because of torch:
@@ -50,7 +51,8 @@ def parse_arguments() -> argparse.Namespace:
 # objects and hardly any garbage, so that searching for garbage meanwhile would waste half a second.
 if __name__ == "__main__":
     ARGUMENTS = parse_or_exit(parse_arguments)
-    if ARGUMENTS.dry_run and os.environ.get("RANK", "0") != "0":
+    LAUNCH = parse_or_exit(read_launch)
+    if ARGUMENTS.dry_run and LAUNCH.rank > 0:
         sys.exit()  # rank 0 alone prints what the command would do
     gc.disable()
 
@@ -62,6 +64,7 @@ from torch.optim import Optimizer
 from alphadecay.param_groups import split_hidden
 from peft_pretraining.checkpoint.format import step_of
 from peft_pretraining.checkpoint.random_state import seed_random_generators
+from peft_pretraining.checkpoint.retention import tidy
 from peft_pretraining.checkpoint.save import Checkpoints
 from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.data.dataset import Data, load_data
@@ -86,8 +89,10 @@ from peft_pretraining.records.wandb import describe_wandb
 from peft_pretraining.train.evaluation import evaluate
 from peft_pretraining.train.flops import llama_flops
 from peft_pretraining.train.loop import (
+    SavePoint,
     finish,
     next_step,
+    saved_on_failure,
     stop_early,
     without_garbage_collection,
     write_run_report,
@@ -108,6 +113,7 @@ from peft_pretraining.train.step import (
     update_weight_decays,
 )
 from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
+from peft_pretraining.utils.seeding import TRAINING, seed_everything
 
 if __name__ == "__main__":
     gc.enable()
@@ -147,13 +153,18 @@ class Run:
     log: RunLog
 
 
-def main(args: argparse.Namespace) -> None:
-    """Set a run up, or resume it, and train. Raises UserError for what the user can fix."""
+def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
+    """Set a run up, or resume it, and train. Raises UserError for what the user can fix.
+
+    Args:
+        args: the arguments.
+        launch: the place of this process among the others; by default as the environment says.
+    """
     if args.dry_run:
         return dry_run(args)
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
-    with process_group(args.single_cuda) as ranks, contextlib.ExitStack() as stack:
+    with process_group(args.single_cuda, launch=launch) as ranks, contextlib.ExitStack() as stack:
         # All ranks start from the same seed, so they build the same initial weights and no rank
         # has to send its own to the others.
         start_logging(ranks)
@@ -175,6 +186,8 @@ def main(args: argparse.Namespace) -> None:
         if args.same_settings_only:
             names = (*RESUME_ARGUMENTS, *DATA_ARGUMENTS)
             check_same_settings(checkpoint, run_folder, vars(args), names)
+        if checkpoint and ranks.is_main:
+            tidy(run_folder, checkpoint, args.keep_checkpoints, args.keep_every)
         done = step_of(checkpoint) if checkpoint else 0
         if done >= args.num_training_steps and args.continue_from == "auto":
             logger.info(f"{run_folder} has made all {done} updates: nothing to do")
@@ -248,7 +261,12 @@ def main(args: argparse.Namespace) -> None:
             source=checkpoint.parents[1] if checkpoint else None,
         )
         checkpoints = Checkpoints(
-            run_folder, ranks, args.keep_checkpoints, args.keep_every, args.on_save_error
+            run_folder,
+            ranks,
+            args.keep_checkpoints,
+            args.keep_every,
+            args.on_save_error,
+            args.save_every_minutes,
         )
         stack.enter_context(without_garbage_collection())
         train(args, Run(model, optimizer, decay, data, work, checkpoints, log), progress, ranks)
@@ -282,7 +300,7 @@ def describe_run(
 
 def dry_run(args: argparse.Namespace) -> None:
     """Print what the command would do. Raises UserError for what the training would refuse."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = read_launch().world_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(args.model_config)
     method, lines = describe_run(args, config, world_size, device)
@@ -442,7 +460,10 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         ranks,
         lambda wrapped: wrapped(dummy_batch, dummy_batch),
     )
-    stop = StopRequest()  # SIGTERM and SIGUSR1 now end the run after the current update
+    # From here on a signal ends the run after the current update, and a rank that does not answer
+    # ends it after minutes, not hours.
+    stop = StopRequest(ranks.launcher)
+    ranks.set_timeout(args.timeout_minutes)
     meter = ThroughputMeter(
         run.work,
         progress["update_step"],
@@ -468,99 +489,104 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     )
     log.modules(run.decay.history if run.decay else [])  # the analysis of the initial weights
     log.start_progress(args.num_training_steps, progress["update_step"])
-    saved = progress["update_step"]
+    # Whatever ends the loop, a checkpoint of the last whole update is saved if that is possible.
+    state = SavePoint(progress, functools.partial(save, args, run, ranks, meter))
+    updates = range(progress["update_step"] + 1, args.num_training_steps + 1)
+    with saved_on_failure(state, checkpoints, ranks):
+        for update in profiled(updates, args.profile, log.folder, ranks):
+            # 1. Data. All ranks agree here whether to go on: a signal, data that cannot be read or
+            #    a failed save on one rank must stop all of them at the same update. They also agree
+            #    whether the last checkpoint is so old that the state is saved in between.
+            agreed = next_step(steps, stop, checkpoints, ranks, count_tokens)
+            step, (tokens, targets), stop_reason = agreed.step, agreed.counts, agreed.stop_reason
+            if agreed.saves:
+                state.save(temporary=True)
 
-    updates = range(saved + 1, args.num_training_steps + 1)
-    for update in profiled(updates, args.profile, log.folder, ranks):
-        # 1. Data. All ranks agree here whether to go on: a signal, data that cannot be read or a
-        #    failed save on one rank must stop all of them at the same update.
-        step, (tokens, targets), stop_reason = next_step(
-            steps, stop, checkpoints, ranks, count_tokens
-        )
+            # 2. Gradients of the mean loss per target token of the global batch, summed over
+            #    micro-batches and ranks.
+            if step is not None:
+                micro_batches = step.micro_batches
+                loss = forward_backward(
+                    parallel, micro_batches, update, targets, args.seed, autocast, ranks
+                )
+                # Whether the previous update was finite is read only now, when the device finished
+                # it long ago and this update is queued behind it: the host does not have to wait.
+                stop_reason = guard.failure(update - 1, "--grad_clipping")
+            if stop_reason is not None:
+                state.save()
+                checkpoints.finish()
+                advice = "the same command goes on"
+                return stop_early(stop_reason, update - 1, log, advice)
+            assert step is not None  # `next_step` returns a step or a reason to stop
 
-        # 2. Gradients of the mean loss per target token of the global batch, summed over
-        #    micro-batches and ranks.
-        if step is not None:
-            loss = forward_backward(parallel, step.micro_batches, targets, autocast, ranks)
-            # Whether the previous update was finite is read only now, when the device finished it
-            # long ago and this update is queued behind it: the host does not have to wait.
-            stop_reason = guard.failure(update - 1, "--grad_clipping")
-        if stop_reason is not None:
-            if saved < update - 1:
-                save(args, run, progress, ranks, meter)
-            checkpoints.finish()
-            advice = "the same command goes on"
-            return stop_early(stop_reason, update - 1, log, advice)
-        assert step is not None  # `next_step` returns a step or a reason to stop
+            # 3. Clip the gradients to --grad_clipping, if it is above 0. The norm stays on the
+            #    device.
+            norm = clip_gradients(model, args.grad_clipping)
 
-        # 3. Clip the gradients to --grad_clipping, if it is above 0. The norm stays on the device.
-        norm = clip_gradients(model, args.grad_clipping)
+            # 4. Check that loss and gradients are finite on all ranks. If they are not, the
+            #    optimizer skips this update; it reads the result on the device, so the host need
+            #    not wait.
+            guard.check_update(update, loss, norm)
 
-        # 4. Check that loss and gradients are finite on all ranks. If they are not, the optimizer
-        #    skips this update; it reads the result on the device, so the host need not wait.
-        guard.check_update(update, loss, norm)
+            # 5. A checkpoint of the previous update may still be being copied to host memory. From
+            #    here on the weights change, so the copy must be complete.
+            checkpoints.before_update()
+            state.whole = False
 
-        # 5. A checkpoint of the previous update may still be being copied to host memory. From here
-        #    on the weights change, so the copy must be complete.
-        checkpoints.before_update()
+            # 6. Learning rate, a function of the update's number alone: resuming needs no state for
+            #    it.
+            lr = args.lr * lr_factor(
+                update,
+                args.scheduler,
+                args.num_training_steps,
+                args.warmup_steps,
+                args.min_lr_ratio,
+                args.cycle_length,
+            )
+            set_learning_rate(optimizer, lr)
 
-        # 6. Learning rate, a function of the update's number alone: resuming needs no state for it.
-        lr = args.lr * lr_factor(
-            update,
-            args.scheduler,
-            args.num_training_steps,
-            args.warmup_steps,
-            args.min_lr_ratio,
-            args.cycle_length,
-        )
-        set_learning_rate(optimizer, lr)
+            # 7. Weight decays. Every --unbalancedWD_every updates the spectra of the weights are
+            #    analysed and each module's group gets a new decay: this is the method.
+            update_weight_decays(run.decay, optimizer, update, meter, log)
 
-        # 7. Weight decays. Every --unbalancedWD_every updates the spectra of the weights are
-        #    analysed and each module's group gets a new decay: this is the method.
-        update_weight_decays(run.decay, optimizer, update, meter, log)
+            # 8. Optimizer step.
+            optimizer.step()
+            optimizer.zero_grad()
+            log.advance()
+            tokens_seen = state.progress["tokens_seen"] + tokens
+            state.reach(update_step=update, tokens_seen=tokens_seen, position=step.position)
 
-        # 8. Optimizer step.
-        optimizer.step()
-        optimizer.zero_grad()
-        log.advance()
-        progress = {
-            "update_step": update,
-            "tokens_seen": progress["tokens_seen"] + tokens,
-            "position": step.position,
-        }
+            # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read
+            #    in logged updates only.
+            last = update == args.num_training_steps
+            logs, evaluates, saves = (
+                last or update % every == 0
+                for every in (args.log_every, args.eval_every, args.save_every)
+            )
+            if logs or update == 1:
+                guard.resolve_pending()
+                record = {
+                    "update_step": update,
+                    "loss": float(ranks.sum(loss)),
+                    "lr": lr,
+                    "weight_decay": mean_decay(optimizer),
+                    "grad_norm": float(norm),
+                    "tokens_seen": tokens_seen,
+                    "skipped_updates": guard.skipped,
+                }
+                log.metrics(record | meter.rates(update, tokens_seen))
 
-        # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read in
-        #    logged updates only.
-        last = update == args.num_training_steps
-        logs, evaluates, saves = (
-            last or update % every == 0
-            for every in (args.log_every, args.eval_every, args.save_every)
-        )
-        if logs or update == 1:
-            guard.resolve_pending()
-            record = {
-                "update_step": update,
-                "loss": float(ranks.sum(loss)),
-                "lr": lr,
-                "weight_decay": mean_decay(optimizer),
-                "grad_norm": float(norm),
-                "tokens_seen": progress["tokens_seen"],
-                "skipped_updates": guard.skipped,
-            }
-            log.metrics(record | meter.rates(update, progress["tokens_seen"]))
-
-        # 10. Evaluate and save. Neither counts as training time.
-        if evaluates:
-            with meter.exclude():
-                evaluate_and_log(args, run, update, autocast, ranks)
-        if saves:
-            with meter.exclude():
-                save(args, run, progress, ranks, meter)
-                saved = update
-        if logs or evaluates or saves:
-            # Python's garbage collector is off, see `without_garbage_collection`. Here it runs on
-            # all ranks at the same time, so that no rank waits for another one's.
-            gc.collect()
+            # 10. Evaluate and save. Neither counts as training time.
+            if evaluates:
+                with meter.exclude():
+                    evaluate_and_log(args, run, update, autocast, ranks)
+            if saves:
+                with meter.exclude():
+                    state.save()
+            if logs or evaluates or saves:
+                # Python's garbage collector is off, see `without_garbage_collection`. Here it runs
+                # on all ranks at the same time, so that no rank waits for another one's.
+                gc.collect()
     finish(meter, log, ranks)
     checkpoints.finish()
 
@@ -577,7 +603,9 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
 def forward_backward(
     model: nn.Module,
     micro_batches: list[dict],
+    update: int,
     targets: int,
+    seed: int,
     autocast: contextlib.AbstractContextManager,
     ranks: DistributedContext,
 ) -> torch.Tensor:
@@ -586,7 +614,9 @@ def forward_backward(
     Args:
         model: the model, wrapped for data-parallel training.
         micro_batches: this rank's part of the global batch.
+        update: number of the update.
         targets: target tokens of the global batch, over all ranks.
+        seed: of the run; with the number of the update it seeds dropout.
         autocast: the context of the forward pass.
         ranks: the processes of the run.
 
@@ -596,6 +626,9 @@ def forward_backward(
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
+        # Dropout draws the same numbers for a micro-batch whatever rank it is on and whatever was
+        # drawn before, so a run can be resumed, also with another number of ranks.
+        seed_everything(seed, TRAINING, update, ranks.rank * len(micro_batches) + i)
         # The positions of the targets are found on the CPU. On a GPU the host would have to wait
         # for their number, which the shapes that follow depend on.
         positions = target_positions(batch["labels"])
@@ -665,9 +698,10 @@ def evaluate_and_log(
 def save(
     args: argparse.Namespace,
     run: Run,
-    progress: dict,
     ranks: DistributedContext,
     meter: ThroughputMeter,
+    progress: dict,
+    temporary: bool,
 ) -> None:
     """Start to save a checkpoint in the background, with everything that a resumed run needs."""
     run.log.checkpoint(progress["update_step"], meter.totals())
@@ -689,6 +723,7 @@ def save(
         trainer,
         run.data.tokenizer.hf,
         changes=saved_config(run.model, run.data.tokenizer, args.max_length),
+        temporary=temporary,
     )
 
 
@@ -711,4 +746,4 @@ def saved_config(model: nn.Module, tokenizer: Tokenizer, max_length: int) -> dic
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ARGUMENTS))
+    sys.exit(run_script(main, ARGUMENTS, LAUNCH))

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from peft_pretraining.checkpoint.format import (
     WEIGHTS,
 )
 from peft_pretraining.checkpoint.random_state import random_states
-from peft_pretraining.checkpoint.retention import delete_old, remove_leftovers
+from peft_pretraining.checkpoint.retention import delete_old_or_warn, remove_leftovers
 from peft_pretraining.checkpoint.snapshot import HostSnapshot, Tensors
 from peft_pretraining.checkpoint.state import (
     optimizer_state_by_name,
@@ -49,6 +50,7 @@ class Checkpoints:
         ranks: All processes of the run.
         keep: How many of the newest checkpoints stay after each save. None: all.
         milestone_every: Checkpoints of an update that is a multiple of this stay as well.
+        every_minutes: A checkpoint is due when the last one is that old; 0: never.
         on_error: What happens if a save fails, because the disk is full for example. `continue`
             logs a warning, and the next save tries again. `stop` makes `failure` return the error.
             Older checkpoints stay complete either way.
@@ -61,9 +63,12 @@ class Checkpoints:
         keep: int | None = None,
         milestone_every: int | None = None,
         on_error: str = "continue",
+        every_minutes: float = 0.0,
     ):
         self._run_folder, self._ranks = run_folder, ranks
         self._keep, self._milestone_every, self._on_error = keep, milestone_every, on_error
+        self._every_seconds = 60 * every_minutes
+        self._saved_at = time.monotonic()
         self._thread: threading.Thread | None = None
         self._snapshot = HostSnapshot()
         self._last_error: str | None = None
@@ -81,6 +86,7 @@ class Checkpoints:
         config: dict[str, Any] | None = None,
         extra: dict[str, nn.Module] | None = None,
         changes: dict[str, Any] | None = None,
+        temporary: bool = False,
     ) -> None:
         """Start saving the current state. All ranks must call this together.
 
@@ -98,7 +104,10 @@ class Checkpoints:
             extra: Further modules whose weights a resumed run needs, by name.
             changes: Keys of config.json that have other values than in `config`, such as the ids of
                 the tokenizer.
+            temporary: Delete the checkpoint as soon as there is a newer one.
         """
+        self._saved_at = time.monotonic()
+        trainer = trainer | ({"temporary": True} if temporary else {})
         random_file = io.BytesIO()
         torch.save(random_states(self._ranks.device), random_file)
         randoms = self._ranks.gather_objects(random_file.getvalue())
@@ -142,6 +151,26 @@ class Checkpoints:
     def before_update(self) -> None:
         """Wait until the state of the last `save` is copied, so that it may change."""
         self._snapshot.wait()
+
+    def is_due(self) -> bool:
+        """Return True on rank 0 if the last `save` was more than `every_minutes` ago."""
+        age = time.monotonic() - self._saved_at
+        return self._ranks.is_main and bool(self._every_seconds) and age >= self._every_seconds
+
+    def note_failure(self, what: str, error: Exception) -> None:
+        """Note on rank 0 that something besides a checkpoint could not be saved.
+
+        As for a checkpoint, `on_error` decides between a warning and the end of the run.
+
+        Args:
+            what: The file or folder.
+            error: What was raised.
+        """
+        problem = f"{what} could not be saved ({reason_of(error)}): make room or make it writable"
+        if self._on_error == "stop":
+            self._last_error, self._error_unreported = problem, True
+        else:
+            logger.warning(f"{problem}; training goes on")
 
     def failure(self) -> str | None:
         """Return why the last save failed, on rank 0 and with on_error `stop`.
@@ -190,14 +219,7 @@ class Checkpoints:
                 )
             return
         logger.info(f"saved {folder}")
-        if self._keep is not None:
-            try:
-                delete_old(self._run_folder, self._keep, self._milestone_every)
-            except OSError as error:
-                logger.warning(
-                    f"an old checkpoint could not be deleted ({reason_of(error)}): "
-                    "the next save tries again"
-                )
+        delete_old_or_warn(self._run_folder, self._keep, self._milestone_every)
 
 
 # ----------------------------------------------------------------------------------------- writing

@@ -143,6 +143,27 @@ def add_records(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_saving(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say when to save besides, and what to do if that fails."""
+    group.add_argument(
+        "--save_every_minutes",
+        type=float,
+        default=15.0,
+        metavar="M",
+        help="Save also when the last checkpoint is older than M minutes, so that a fault costs no "
+        "more than that. Such a checkpoint is deleted as soon as there is a newer one. 0: never "
+        "(default 15).",
+    )
+    group.add_argument(
+        "--timeout_minutes",
+        type=float,
+        default=10.0,
+        metavar="M",
+        help="End the run, with the stacks of all threads in the log, if another process does not "
+        "answer for M minutes during the training (default 10).",
+    )
+
+
 def add_resume(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say where a run continues."""
     group.add_argument(

@@ -12,6 +12,7 @@ from peft_pretraining.cli.common import (
     add_optimizer,
     add_records,
     add_resume,
+    add_saving,
     add_switch,
     check_numbers,
     complete_resume,
@@ -364,6 +365,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "checkpoints).",
     )
     group.add_argument("--save_dir", metavar="FOLDER", help="Run folder (default runs/NAME).")
+    add_saving(group)
     add_resume(group)
     add_records(group)
     group.add_argument(

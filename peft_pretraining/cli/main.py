@@ -1,6 +1,8 @@
 """Run a script: a user error ends it with one line and exit code 2."""
 
 import contextlib
+import faulthandler
+import io
 import json
 import os
 import sys
@@ -12,6 +14,7 @@ from peft_pretraining.errors import UserError
 
 Arguments = TypeVar("Arguments")
 USER_ERROR = 2  # exit code, that of argparse
+INTERRUPTED = 130  # exit code after Ctrl-C, that of shells
 # torchrun ends the other ranks as soon as rank 0 has failed. Waiting this long before printing
 # means that an error that all ranks have is printed by rank 0 only.
 SECONDS_FOR_RANK_0 = 5
@@ -25,13 +28,21 @@ def run_script(main: Callable[..., None], *arguments: object) -> int:
         arguments: what it is called with.
 
     Returns:
-        The exit code: 0, or 2 if the function raised UserError. The message is then printed as one
-        line, without a traceback.
+        The exit code: 0, or 2 if the function raised UserError, whose message is then printed as
+        one line, without a traceback, or 130 after Ctrl-C.
     """
+    # The stacks of all threads are printed if the process crashes, also when NCCL ends it because
+    # another rank does not answer.
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError):  # stderr is no file
+        faulthandler.enable()
     try:
         main(*arguments)
     except UserError as error:
         return _report(error)
+    except KeyboardInterrupt:
+        # A training that has begun takes Ctrl-C as a request to save and stop.
+        print("stopped by Ctrl-C before the training began", file=sys.stderr, flush=True)
+        return INTERRUPTED
     return 0
 
 

@@ -12,6 +12,7 @@ from peft_pretraining.cli.common import (
     add_optimizer,
     add_records,
     add_resume,
+    add_saving,
     check_numbers,
     complete_resume,
     name_run,
@@ -447,6 +448,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "Distribute the evaluation over the processes; false evaluates on rank 0 only",
     )
     group.add_argument("--output_dir", metavar="FOLDER", help="Run folder (default runs/NAME).")
+    add_saving(group)
     add_resume(group)
     add_boolean(group, "save_ckpt", True, "Save checkpoints")
     group.add_argument(

@@ -20,7 +20,7 @@ from peft_pretraining.data.tokenized.format import is_prepared
 from peft_pretraining.data.tokenized.reader import PreparedData, open_prepared
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.errors import UserError
-from peft_pretraining.utils.cache import cache_folder
+from peft_pretraining.utils.cache import cache_folder, expanded
 
 DEFAULT_TOKENIZER = "t5-base"
 
@@ -85,7 +85,7 @@ def load_data(
         raise UserError(f"--max_length {max_length} leaves no token to predict; give 2 or more.")
     if seed < 0:
         raise UserError(f"--seed {seed} is negative; give 0 or more.")
-    folder = Path(dataset).expanduser()
+    folder = expanded(dataset)
     if is_prepared(folder):
         if validation_file is not None:
             raise UserError(

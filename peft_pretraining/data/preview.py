@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from peft_pretraining.data.dataset import DEFAULT_TOKENIZER
 from peft_pretraining.data.sources.registry import open_source
 from peft_pretraining.data.tokenized.format import is_prepared
 from peft_pretraining.data.tokenized.reader import open_prepared
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.cache import expanded
 
 
 def preview_data(
@@ -31,9 +30,9 @@ def preview_data(
         UserError: a file or a folder does not exist, or cannot be read.
     """
     sequences = "packed sequences" if packing else "one document a sequence"
-    if validation_file and not Path(validation_file).expanduser().is_file():
+    if validation_file and not expanded(validation_file).is_file():
         raise UserError(f"--validation_file {validation_file}: there is no such file")
-    folder = Path(dataset).expanduser()
+    folder = expanded(dataset)
     if is_prepared(folder):
         index = open_prepared(folder).index
         return (

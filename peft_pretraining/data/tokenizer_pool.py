@@ -17,6 +17,7 @@ import numpy as np
 
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents, encoder_from_state
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.child import EndWithParent
 
 # A batch is bounded by number and by size: a thousand books at once would not fit into memory.
 BATCH_DOCUMENTS = 1000
@@ -111,7 +112,7 @@ def _worker_processes(
             parent_end, child_end = context.Pipe()
             process = context.Process(
                 target=_worker_main,
-                args=(child_end, tokenizer.encoder.to_str(), tokenizer.eos_id),
+                args=(EndWithParent(), child_end, tokenizer.encoder.to_str(), tokenizer.eos_id),
                 daemon=True,
             )
             process.start()
@@ -144,7 +145,7 @@ def _encode_remotely(
         idle.put(connection)
 
 
-def _worker_main(connection: Connection, encoder_state: str, eos_id: int) -> None:
+def _worker_main(_: EndWithParent, connection: Connection, encoder_state: str, eos_id: int) -> None:
     """Encode the batches that arrive, until the parent process closes the connection."""
     # The processes provide the parallelism; threads in each of them would compete for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -13,6 +13,8 @@ from peft_pretraining.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
+SECONDS_FOR_EXIT_CODE = 0.2
+
 
 def iterate_loader(loader: DataLoader, what: str, flag: str) -> Iterator:
     """Yield the items of a DataLoader.
@@ -29,13 +31,26 @@ def iterate_loader(loader: DataLoader, what: str, flag: str) -> Iterator:
         items = iter(loader)
     try:
         yield from items
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except Exception as error:
+        # torch notices a dead worker in many ways: by its own check, by a connection that is reset
+        # or at its end, or by a message that is cut off.
+        dead = _first_dead_worker(items)
+        if dead is None:
             raise
         raise UserError(
-            f"A process that reads the {what} was killed ({error}), most often because memory ran "
+            f"A process that reads the {what} was killed ({dead}), most often because memory ran "
             f"out; give fewer {flag}, or more memory, and continue from the last checkpoint."
         ) from error
+
+
+def _first_dead_worker(items: object) -> str | None:
+    """Return which worker of a DataLoader's iterator was killed; None if all live or ended well."""
+    for worker in getattr(items, "_workers", ()):
+        # What it was killed by is known a moment after its connection broke.
+        worker.join(timeout=SECONDS_FOR_EXIT_CODE)
+        if worker.exitcode:
+            return f"process {worker.pid}, exit code {worker.exitcode}"
+    return None
 
 
 @contextlib.contextmanager

@@ -1,17 +1,21 @@
 """The processes of a run: rank and device of this one, and communication between them."""
 
 import contextlib
-import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.parallel.launch import Launch, read_launch
 from peft_pretraining.parallel.rendezvous import INIT_TIMEOUT, new_store_namespace
+
+SECONDS_FOR_OTHER_FAILURES = 10.0
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,20 @@ class DistributedContext:
     """Rank, local rank, number of ranks and device of this process.
 
     Without torchrun, a run has one process: rank 0 of 1, without a process group.
+
+    Args:
+        rank, local_rank, world_size: as torchrun numbers them.
+        device: of this process.
+        launcher: see `Launch`.
+        store: the key-value store that all ranks share; None without a process group.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    launcher: int | None = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -79,6 +91,33 @@ class DistributedContext:
             if text:
                 raise UserError(f"{text} (rank {rank})" if self.world_size > 1 else text)
 
+    def set_timeout(self, minutes: float) -> None:
+        """From now on, fail if another rank does not answer for so long. All ranks call this."""
+        if self.world_size > 1:
+            # torch 2.14 made the function public under a new name.
+            name = "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout"
+            module = dist if hasattr(dist, "set_timeout") else dist.distributed_c10d
+            getattr(module, name)(timedelta(minutes=minutes))
+
+    def all_failed(self, seconds: float = SECONDS_FOR_OTHER_FAILURES) -> bool:
+        """Return whether every rank has called this, within some seconds.
+
+        A rank that has failed calls it. If all have, they can still do something together, such as
+        save their state; otherwise the other ranks are in the middle of something else.
+        """
+        if self.store is None:
+            return True
+        deadline = time.monotonic() + seconds
+        try:
+            self.store.add("failed ranks", 1)
+            while int(self.store.add("failed ranks", 0)) < self.world_size:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.05)
+        except (RuntimeError, OSError):  # the rank that holds the store has ended
+            return False
+        return True
+
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
         """Run the block on rank 0 before the other ranks, so that they find the cache it fills."""
@@ -89,14 +128,11 @@ class DistributedContext:
             self.barrier()
 
 
-def world_size_of_environment() -> int:
-    """Return how many processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 @contextlib.contextmanager
 def process_group(
-    single_cuda: bool = False, device_type: str | None = None
+    single_cuda: bool = False,
+    device_type: str | None = None,
+    launch: Launch | None = None,
 ) -> Iterator[DistributedContext]:
     """Join the other processes that torchrun started, if any.
 
@@ -105,20 +141,22 @@ def process_group(
     Args:
         single_cuda: Require exactly one process and a GPU.
         device_type: `cpu` or `cuda`. By default `cuda` if there is a GPU.
+        launch: The place of this process. By default as the environment variables say.
 
     Raises:
-        UserError: The required device does not exist.
+        UserError: The required device does not exist, or the variables do not fit each other.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = world_size_of_environment()
+    launch = launch or read_launch()
+    local_rank, world_size = launch.local_rank, launch.world_size
     device = _choose_device(single_cuda, device_type, local_rank, world_size)
-    if world_size > 1:
-        _init_process_group(device, world_size)
+    store = _init_process_group(device, world_size) if world_size > 1 else None
     try:
-        yield DistributedContext(int(os.environ.get("RANK", 0)), local_rank, world_size, device)
+        yield DistributedContext(
+            launch.rank, local_rank, world_size, device, launch.launcher, store
+        )
     finally:
         # After an error, other ranks may never reach destroy_process_group.
-        if world_size > 1 and sys.exc_info()[0] is None:
+        if world_size > 1 and sys.exc_info()[0] in (None, SystemExit):
             dist.destroy_process_group()
 
 
@@ -149,14 +187,16 @@ def _choose_device(
     return device
 
 
-def _init_process_group(device: torch.device, world_size: int) -> None:
+def _init_process_group(device: torch.device, world_size: int) -> dist.Store:
     cuda = device.type == "cuda"
-    store, rank, _ = next(dist.rendezvous("env://", timeout=INIT_TIMEOUT))
+    common, rank, _ = next(dist.rendezvous("env://", timeout=INIT_TIMEOUT))
+    store = new_store_namespace(common, rank, world_size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=new_store_namespace(store, rank, world_size),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=INIT_TIMEOUT,
         device_id=device if cuda else None,
     )
+    return store

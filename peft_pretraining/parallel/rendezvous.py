@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-# Also the time that ranks wait in a collective while rank 0 tokenizes a corpus.
+# Until the training begins, ranks wait in a collective while rank 0 tokenizes a corpus.
 INIT_TIMEOUT = timedelta(hours=2)
 
 

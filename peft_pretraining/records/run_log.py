@@ -1,7 +1,8 @@
 """Everything that a run logs: progress, metrics.jsonl, modules.jsonl, run.json and W&B."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,10 @@ class RunLog:
             self.description["wandb"] = {"project": project, "id": run_id}
         self._write_or_warn(_write_json, folder / RUN, self.description)
         if project:
-            self._wandb = start_wandb(folder, project, wandb_name, tags, self.description, run_id)
+            with self._keep_training("W&B"):
+                self._wandb = start_wandb(
+                    folder, project, wandb_name, tags, self.description, run_id
+                )
 
     def start_progress(self, total: int, done: int) -> None:
         """Show the progress from now on.
@@ -98,12 +102,14 @@ class RunLog:
             done: Updates that were made before.
         """
         if self.enabled:
-            self._progress = Progress(total, done, self.unit)
+            with self._keep_training("the progress"):
+                self._progress = Progress(total, done, self.unit)
 
     def advance(self) -> None:
         """Count an update."""
         if self._progress is not None:
-            self._progress.advance()
+            with self._keep_training("the progress"):
+                self._progress.advance()
 
     def checkpoint(self, update: int, totals: dict[str, float]) -> None:
         """Record in run.json that a checkpoint is saved after an update.
@@ -122,13 +128,13 @@ class RunLog:
         if not self.enabled:
             return
         self._write_or_warn(append_json, self.folder / METRICS, [record])
-        if self._wandb is not None:
-            # The published runs log the last evaluation under these names as well.
-            last = ("eval_loss", "eval_tokens") if record.get("final") else ()
-            final = {f"final_{name}": record[name] for name in last if name in record}
-            self._wandb.log(record | final)
+        # The published runs log the last evaluation under these names as well.
+        last = ("eval_loss", "eval_tokens") if record.get("final") else ()
+        final = {f"final_{name}": record[name] for name in last if name in record}
+        self._log_to_wandb(record | final)
         if self._progress is not None and "loss" in record:
-            self._progress.show(record)
+            with self._keep_training("the progress"):
+                self._progress.show(record)
 
     def modules(self, records: list[dict[str, Any]]) -> None:
         """Log new records of `AlphaDecay.history` to modules.jsonl and W&B.
@@ -145,7 +151,7 @@ class RunLog:
                 for field in ("alpha", "weight_decay")
                 if record[field] is not None
             }
-            self._wandb.log(values | mean_alphas(records) | {"update_step": records[0]["step"]})
+            self._log_to_wandb(values | mean_alphas(records) | {"update_step": records[0]["step"]})
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Add the summary of the run to run.json, and close the progress and W&B."""
@@ -157,9 +163,37 @@ class RunLog:
     def close(self) -> None:
         """Close the progress and W&B."""
         if self._progress is not None:
-            self._progress.close()
+            with self._keep_training("the progress"):
+                self._progress.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._keep_training("W&B"):
+                self._wandb.finish()
+
+    def _log_to_wandb(self, values: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            with self._keep_training("W&B"):
+                self._wandb.log(values)
+
+    @contextlib.contextmanager
+    def _keep_training(self, what: str) -> Iterator[None]:
+        """Turn off what fails in this block, with one warning: no record may end a training.
+
+        Args:
+            what: `W&B` or `the progress`.
+        """
+        try:
+            yield
+        except Exception as error:
+            # For instance W&B's helper process was killed, or the terminal was closed.
+            if what == "W&B":
+                self._wandb = None
+                rest = "its records go on in the run folder only"
+            else:
+                self._progress = None
+                rest = "it is not shown any more"
+            logger.warning(
+                f"{what} failed ({type(error).__name__}: {error}): {rest}, training goes on"
+            )
 
     def _write_or_warn(self, write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
         """Write records; on an error, log one warning for the whole run and go on."""

@@ -1,10 +1,14 @@
 """Parts of both training loops: the next batch, a graceful stop, the summary of a run."""
 
 import contextlib
+import faulthandler
 import gc
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from loguru import logger
@@ -20,7 +24,25 @@ StepType = TypeVar("StepType")
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop."""
+    """A signal asked the run to stop, or its launcher has ended. The text is the reason."""
+
+
+@dataclass(frozen=True)
+class NextStep(Generic[StepType]):
+    """What all ranks have agreed on before an update.
+
+    Args:
+        step: this rank's data, or None if the run must stop.
+        counts: the numbers of `count`, summed over the ranks.
+        stop_reason: the reason to stop, which is `Stopped` or UserError, or None.
+        saves: whether the state before this update is to be saved, because the last checkpoint is
+            older than --save_every_minutes.
+    """
+
+    step: StepType | None
+    counts: list[int]
+    stop_reason: Exception | None
+    saves: bool
 
 
 def _count_nothing(step: object) -> list[int]:
@@ -33,21 +55,16 @@ def next_step(
     checkpoints: Checkpoints,
     ranks: DistributedContext,
     count: Callable[[StepType | None], list[int]] = _count_nothing,
-) -> tuple[StepType | None, list[int], Exception | None]:
+) -> NextStep[StepType]:
     """Return the data of the next update, or the reason to stop, on which all ranks agree.
 
     Args:
         steps: this rank's data of each update.
-        stop: whether a signal has asked this rank to stop.
-        checkpoints: whether saving has failed.
+        stop: whether this rank was asked to stop.
+        checkpoints: whether saving has failed, and whether it is time to save again.
         ranks: the processes of the run; all of them call this function together.
         count: numbers to be summed over the ranks, such as the tokens of the update. It must return
             equally many numbers for every step and for None, which stands for missing data.
-
-    Returns:
-        This rank's data, or None if the run must stop.
-        The numbers of `count`, summed over the ranks.
-        The reason to stop, which is `Stopped` or UserError, or None.
     """
     step: StepType | None = None
     try:
@@ -55,21 +72,97 @@ def next_step(
         problem = checkpoints.failure()
     except UserError as error:
         problem = str(error)
+    except Exception as error:
+        # Whatever it is, the other ranks must not wait for this one, and the state is saved.
+        logger.opt(exception=error).error("the data of the next update cannot be read")
+        problem = f"reading the training data failed ({type(error).__name__}: {error})"
+    reason = stop.reason
     # These tensors are on the CPU, so that no rank waits for its GPU.
-    must_stop = bool(problem or stop.signal)
-    *counts, stopping = ranks.sum(torch.tensor([*count(step), must_stop])).tolist()
+    numbers = torch.tensor([*count(step), checkpoints.is_due(), bool(problem or reason)])
+    *counts, due, stopping = ranks.sum(numbers).tolist()
     if not stopping:
-        return step, counts, None
-    reports: Any = ranks.broadcast_object(ranks.gather_objects((problem, stop.signal)))
+        return NextStep(step, counts, None, due > 0)
+    reports: Any = ranks.broadcast_object(ranks.gather_objects((problem, reason)))
     problems = [
         f"{problem} (rank {rank})" if ranks.world_size > 1 else problem
         for rank, (problem, _) in enumerate(reports)
         if problem
     ]
-    signals = [signal for _, signal in reports if signal]
+    reasons = [reason for _, reason in reports if reason]
     # A signal comes first: if it was sent to the whole process group, it has also ended the
     # processes that read the data, and then there is no fault in the data.
-    return None, counts, Stopped(signals[0].name) if signals else UserError(problems[0])
+    stop_reason = Stopped(reasons[0]) if reasons else UserError(problems[0])
+    return NextStep(None, counts, stop_reason, False)
+
+
+class SavePoint:
+    """The state after the last whole update, and whether a checkpoint has it.
+
+    Args:
+        progress: how far the run is: `update_step` and other counters.
+        save: starts to save a checkpoint, given the progress and whether it is temporary.
+
+    Attributes:
+        progress: how far the run is now.
+        whole: whether weights and optimizer are those after `update_step`. False while an update
+            changes them.
+    """
+
+    def __init__(self, progress: dict[str, Any], save: Callable[[dict[str, Any], bool], None]):
+        self.progress, self.whole = progress, True
+        self._save, self._saved = save, progress["update_step"]
+
+    def reach(self, **progress: Any) -> None:
+        """Note that an update is complete, and how far the run is now."""
+        self.progress = self.progress | progress
+        self.whole = True
+
+    def save(self, temporary: bool = False) -> None:
+        """Start to save the state, if it is whole and no checkpoint has it. All ranks call this."""
+        if self.whole and self._saved < self.progress["update_step"]:
+            self._save(self.progress, temporary)
+            self._saved = self.progress["update_step"]
+
+
+@contextlib.contextmanager
+def saved_on_failure(
+    state: SavePoint, checkpoints: Checkpoints, ranks: DistributedContext
+) -> Iterator[None]:
+    """Save the state after the last whole update if an exception ends this block, then raise it.
+
+    If the exception is of some ranks only, the others are in the middle of something else, and
+    nothing can be saved that needs them.
+
+    Args:
+        state: the state of the run.
+        checkpoints: the checkpoints of the run.
+        ranks: the processes of the run.
+    """
+    try:
+        yield
+    except Exception as error:
+        if ranks.world_size > 1 and is_timeout(error):
+            # What this rank waited for tells where the other one is.
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            raise UserError(
+                "another process did not answer within --timeout_minutes; the stacks of all "
+                "threads of this one are above; look for a process that hangs, for instance in a "
+                "file system, and start the same command again, which goes on from the last "
+                "checkpoint"
+            ) from error
+        if ranks.all_failed():
+            try:
+                state.save()
+                checkpoints.finish()
+            except Exception as other:
+                logger.warning(f"the state after the last whole update could not be saved: {other}")
+        raise
+
+
+def is_timeout(error: Exception) -> bool:
+    """Return whether an error of torch.distributed means that another rank did not answer."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
 
 
 def stop_early(stop_reason: Exception, update: int, log: RunLog, advice: str) -> None:
@@ -80,11 +173,16 @@ def stop_early(stop_reason: Exception, update: int, log: RunLog, advice: str) ->
         update: the last update of the run.
         log: the records of the run, which are closed.
         advice: how to continue the run.
+
+    Raises:
+        SystemExit: with exit code 130 after Ctrl-C, as shells and scripts expect.
     """
     if not isinstance(stop_reason, Stopped):
         raise stop_reason
     log.close()
     logger.warning(f"{stop_reason}: stopped after update {update}; {advice}")
+    if str(stop_reason) == signal.SIGINT.name:
+        raise SystemExit(128 + signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -124,14 +222,15 @@ def finish(meter: ThroughputMeter, log: RunLog, ranks: DistributedContext) -> No
 def write_run_report(run_folder: Path) -> None:
     """Write the report of a run that has made all its updates.
 
-    A failure, for instance a full disk, is only a warning: the training itself has succeeded.
+    A failure, for instance a full disk or records that were edited, is only a warning: the training
+    itself has succeeded.
     """
     # Imported only here: the report's libraries are not needed before.
     from peft_pretraining.report.html import write_report
 
     try:
         logger.info(f"report: {write_report(run_folder)}")
-    except (OSError, UserError) as error:
+    except Exception as error:
         logger.warning(
             f"no report ({error}): make it later with "
             f"python -m peft_pretraining.report {run_folder}"

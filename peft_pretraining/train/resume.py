@@ -87,9 +87,15 @@ def resume(
 
     Raises:
         UserError: the checkpoint belongs to other data or to another kind of weight decay, does not
-            fit the decay flags, or has made all updates.
+            fit the decay flags, was renamed, or has made all updates.
     """
     trainer = load_checkpoint(checkpoint, model, optimizer, ranks, config, extra)
+    step = trainer["progress"]["update_step"]
+    if step != step_of(checkpoint):
+        raise UserError(
+            f"{checkpoint} was saved after update {step}, but its name says "
+            f"{step_of(checkpoint)}: rename it to model_{step}, or continue from another checkpoint"
+        )
     if trainer["data"] != data_fingerprint:
         raise UserError(
             f"{checkpoint} was trained on other data: give the flags of group 'model and data' "
@@ -113,7 +119,7 @@ def resume(
                 f"--{name} is {arguments[name]}, was {value} in the checkpoint: the run will not "
                 "be the one it continues"
             )
-    if trainer["progress"]["update_step"] >= total_updates:
+    if step >= total_updates:
         raise UserError(
             f"{checkpoint} has made all {total_updates} updates already: give more "
             "--num_training_steps or --epochs"

@@ -1,31 +1,57 @@
-"""Graceful shutdown: SIGTERM and SIGUSR1, and restarts by torchrun."""
+"""Graceful shutdown: signals, a launcher that has ended, and restarts by torchrun."""
 
 import os
 import signal
 import time
 from types import FrameType
 
-# Slurm, Kubernetes and torchrun send these before a time limit or a preemption.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, a closed terminal, and what Slurm, Kubernetes, other batch systems and torchrun send
+# before a time limit or a preemption.
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 # A cluster signals the whole process group, and torchrun then forwards the signal to its workers,
 # which have received it already. Within this time a second signal is taken for such a duplicate.
 DUPLICATE_SIGNAL_SECONDS = 1.0
+LAUNCHER_ENDED = "torchrun has ended"
 
 
 class StopRequest:
-    """Records that a signal asked this process to stop after the current update.
+    """Records that something asked this process to stop after the current update.
 
-    A second signal, more than a second later, ends the process at once.
+    A second signal, more than a second later, ends the process at once. A signal that is ignored
+    when the training begins, such as SIGHUP under nohup, stays ignored.
+
+    Args:
+        launcher: process number of the torchrun that started this process. If it ends, nobody would
+            restart the run or end it, and the run would keep its folder locked. None: there is
+            none.
 
     Attributes:
         signal: the signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: int | None = None) -> None:
         self.signal: signal.Signals | None = None
+        self._launcher = launcher
         self._received_at = 0.0
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process should stop: the name of a signal or LAUNCHER_ENDED; None: go on."""
+        if self.signal is not None:
+            return self.signal.name
+        if self._launcher is not None and os.getppid() != self._launcher:
+            return LAUNCHER_ENDED
+        return None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

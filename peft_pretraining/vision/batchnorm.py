@@ -41,6 +41,12 @@ class BatchNormSync:
         if self._ranks.world_size > 1:
             dist.broadcast(current, 0)
         self._committed = torch.where(skipped.bool(), self._committed, current)
+        self.roll_back()
+
+    def roll_back(self) -> None:
+        """Restore the statistics from before the forward passes that were not committed."""
+        if not self._buffers:
+            return
         parts = self._committed.split([buffer.numel() for buffer in self._buffers])
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))

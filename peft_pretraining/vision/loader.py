@@ -17,8 +17,9 @@ from torch import Tensor
 from peft_pretraining.data.shuffle import ShuffledIndices
 from peft_pretraining.data.workers import iterate_loader
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.child import EndWithParent
+from peft_pretraining.utils.seeding import AUGMENTATION, seed_everything
 from peft_pretraining.vision.datasets import ArrayImages, FolderImages
-from peft_pretraining.vision.seeding import AUGMENTATION, seed_everything
 
 Batch = dict[str, Tensor]
 # (transformed image, or None if it was unreadable; label; messages about unreadable images), or the
@@ -208,6 +209,7 @@ def _load_batches(
         batch_sampler=indices,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=EndWithParent(),
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise torch draws from the global generator
     )

@@ -22,6 +22,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from peft_pretraining.errors import UserError
 from tests.docs.pages import ROOT
 from tests.support import fork_server
+from tests.support.launch import launch_variables, set_launch
 
 MULTINODE, SLURM = "scripts/cluster/multinode.sh", "scripts/cluster/slurm.sbatch"
 GPUS_OF_A_NODE = 8  # where the command does not say
@@ -144,7 +145,7 @@ def _script(name: str, arguments: list[str], world_size: int) -> None:
     module = _module(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *arguments])
-        patch.setenv("WORLD_SIZE", str(world_size))
+        set_launch(patch, world_size)
         patch.setattr(os, "cpu_count", lambda: 64)
         try:
             _parse(module, patch)
@@ -163,7 +164,7 @@ def _dry_run(folder: Path, name: str, arguments: list[str], world_size: int) -> 
     for flag, value in zip(arguments, arguments[1:], strict=False):
         if flag in ("--data_path", "--eval_data_path"):
             _make_images(folder / value, nested=flag == "--data_path")
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": str(world_size)}
+    environment = os.environ | launch_variables(world_size)
     done = fork_server.run(
         [sys.executable, name, *arguments, "--dry_run"], cwd=folder, env=environment
     )

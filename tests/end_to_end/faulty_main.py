@@ -4,13 +4,15 @@ Environment variables control it:
 
 * `SCRIPT`: `torchrun_main` (the default) or `main_vit`.
 * `TRACE=FILE`: each rank appends a line for each update to FILE.rank<r>: hashes of the weights and
-  the optimizer state, and the decays.
+  the optimizer state, and the decays; with `TRACE_RANDOM=1` also of the random state.
 * `FAULT=WHAT@UPDATE@WHO`: cause a fault in that update on that rank (or on `all`). WHAT is one of
     * `kill`: SIGKILL,
     * `nan`: one gradient is NaN before the ranks exchange gradients; `nan+`: from that update on,
     * `data`: there is no batch,
     * `slow`: the update takes a minute,
-    * `SIGTERM`, `SIGUSR1`, or `SIGTERM>agent`: that signal, the last one sent to torchrun.
+    * `raise`: an exception that nobody expects,
+    * `SIGTERM` or any other signal; `SIGTERM>agent` sends it to torchrun, `SIGKILL>wandb` to W&B's
+      helper process, `SIGKILL>reader` to a process that reads data.
 * `FAULT_ONCE=FILE`: cause the fault only if FILE does not exist, and create it.
 """
 
@@ -29,6 +31,8 @@ import torch
 
 from peft_pretraining.cli.main import run_script
 from peft_pretraining.errors import UserError
+from peft_pretraining.parallel.launch import read_launch
+from tests.support.fork_server import descendants
 
 RANK = int(os.environ.get("RANK", 0))
 script = importlib.import_module(os.environ.get("SCRIPT", "torchrun_main"))
@@ -82,17 +86,35 @@ def put_faults_into_data() -> None:
     script.training_batches = batches_with_faults
 
 
+def send(name: str, target: str = "self") -> None:
+    """Send a signal to this process, to torchrun, or to a child process."""
+    if target in ("self", "agent"):
+        pids = [os.getpid() if target == "self" else os.getppid()]
+    else:
+        words = {"wandb": b"wandb", "reader": b"spawn_main"}[target]
+        pids = [
+            pid
+            for pid in descendants(os.getpid())
+            if words in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert pids, f"there is no {target}"
+    for pid in pids:
+        os.kill(pid, getattr(signal, name))
+    if target != "self":
+        time.sleep(0.5)  # until the process has ended
+
+
 def forward_backward_with_faults(*arguments):
     now["nan"] = fault("nan", now["update"])
-    for name in ("SIGTERM", "SIGUSR1"):
-        if fault(name, now["update"]):
-            os.kill(os.getpid(), getattr(signal, name))
+    what = os.environ.get("FAULT", "").split("@")[0]
+    if what.startswith("SIG") and fault(what, now["update"]):
+        send(*what.split(">"))
+    if fault("raise", now["update"]):
+        raise LookupError("an exception that nobody expects")
     if fault("slow", now["update"]):
         end = time.monotonic() + 60
         while time.monotonic() < end:  # a signal would cut one long sleep short
             time.sleep(0.1)
-    if fault("SIGTERM>agent", now["update"]):
-        os.kill(os.getppid(), signal.SIGTERM)
     if fault("kill", now["update"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return forward_backward(*arguments)
@@ -124,6 +146,8 @@ def write_trace(optimizer, *_) -> None:
             group.get("module") or "rest": group["weight_decay"] for group in optimizer.param_groups
         },
     }
+    if "TRACE_RANDOM" in os.environ:
+        line["random"] = digest([torch.get_rng_state()])
     with open(f"{os.environ['TRACE']}.rank{RANK}", "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -131,6 +155,8 @@ def write_trace(optimizer, *_) -> None:
 def digest(tensors: list[torch.Tensor]) -> str:
     content = hashlib.sha256()
     for tensor in tensors:
+        if hasattr(tensor, "to_local"):  # of a sharded model: this rank's part
+            tensor = tensor.to_local()
         content.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
 
@@ -140,4 +166,4 @@ if __name__ == "__main__":
     script.forward_backward = forward_backward_with_faults
     script.build_model = build_model_with_faults
     script.build_optimizer = build_optimizer_with_trace
-    sys.exit(run_script(lambda: script.main(script.parse_arguments())))
+    sys.exit(run_script(lambda: script.main(script.parse_arguments(), read_launch())))

@@ -18,6 +18,7 @@ from tests.end_to_end.common import (
     surroundings,
     trace,
     traced,
+    write_config,
 )
 from tests.support import fork_server
 
@@ -62,6 +63,33 @@ def test_killed_and_resumed_is_bit_exact(inputs, straight_run):
     assert resumed(inputs, name) == comparable(straight_run)
     again = run(exact(inputs, name, "--continue_from", "auto"))
     assert "has made all 40 updates" in again.stderr  # and ends well: there is nothing to do
+
+
+@pytest.mark.parametrize("processes, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_dropout_is_resumed_exactly_and_differs_between_ranks(
+    inputs, tmp_path, processes, parallel
+):
+    write_config(tmp_path, attention_dropout=0.3, num_attention_heads=4)
+    words = ["--use_hf_model", "--parallel", parallel, "--continue_from", "auto"]
+    changes = {"num_training_steps": 8, "save_every": 4, "eval_every": 100}
+
+    def traced_run(name, **environment):
+        done = run(
+            [*exact(tmp_path, name, *words, **changes), "--dataset", inputs / "corpus.jsonl"],
+            FAULTY,
+            processes,
+            check=False,
+            environment=traced(tmp_path / name, TRACE_RANDOM="1", **environment),
+        )
+        return done, [trace(tmp_path / name, rank) for rank in range(processes)]
+
+    done, straight = traced_run("straight")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert traced_run("killed", FAULT="kill@6@0")[0].returncode != 0
+    done, resumed_trace = traced_run("killed")
+    assert done.returncode == 0 and resumed_trace == straight
+    states = [line["random"] for rank in straight for line in rank.values()]
+    assert len(set(states)) == len(states)  # by rank and update
 
 
 def test_killed_at_random_instants(inputs, straight_run):

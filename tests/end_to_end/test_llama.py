@@ -10,6 +10,7 @@ import torch
 
 from alphadecay.cli.presets import METHOD_PRESETS
 from tests.end_to_end.common import REFERENCE_COMMAND, ROOT, exact, read_lines, run, small, trace
+from tests.support.launch import set_launch
 
 # A method's name settles these.
 PUBLISHED_METHOD = (
@@ -36,7 +37,7 @@ def test_the_reference_command_is_accepted_verbatim(monkeypatch):
 
     words = shlex.split(REFERENCE_COMMAND)
     monkeypatch.setattr("sys.argv", words[words.index("torchrun_main.py") :])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_launch(monkeypatch, 2)
     args = torchrun_main.parse_arguments()
     assert args.target_eval_tokens == 10_000_000 and args.gradient_accumulation == 1
     assert args.name == args.wandb_name == "ours-adam-1.5-3unb-130M-lr0.001-WD0.00001-repeat1"

@@ -21,6 +21,7 @@ from tests.end_to_end.common import (
     traced,
     vit,
 )
+from tests.support.launch import set_launch
 
 FINAL = "checkpoints/model_40"
 
@@ -57,7 +58,7 @@ def test_the_reference_command_is_accepted_verbatim(monkeypatch):
 
     words = shlex.split(VIT_COMMAND)
     monkeypatch.setattr("sys.argv", words[words.index("main_vit.py") :])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_launch(monkeypatch, 2)
     args = main_vit.parse_arguments()
     assert (args.total_batch_size, args.nb_classes, args.epochs, args.weight_decay) == (
         384,

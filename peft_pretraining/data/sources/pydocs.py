@@ -20,6 +20,7 @@ from pathlib import Path
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.data.sources.files import FileDocuments, replace_lone_surrogates
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.child import EndWithParent
 from peft_pretraining.utils.files import atomic_open
 
 PYDOCS_PACKAGES = ("stdlib", "numpy", "pandas", "matplotlib", "torch", "transformers")
@@ -122,6 +123,10 @@ def docstrings(path: Path) -> list[str]:
     return [text for text in cleaned if len(text) >= MIN_DOCSTRING_CHARACTERS]
 
 
+def _do_nothing(_: EndWithParent) -> None:
+    """The argument has tied the process to its parent when it was unpickled."""
+
+
 def _collect(packages: Iterable[str], path: Path) -> None:
     """Write the docstrings of some packages to a file of compressed JSON lines, each text once."""
     from concurrent.futures import ProcessPoolExecutor
@@ -142,7 +147,9 @@ def _collect(packages: Iterable[str], path: Path) -> None:
         # Without a file name and with a fixed time in the header, equal content is equal bytes.
         gzip.GzipFile(fileobj=raw, filename="", mode="wb", mtime=0) as compressed,
         # Spawned, because this process may have threads that do not survive a fork.
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            processes, get_context("spawn"), initializer=_do_nothing, initargs=(EndWithParent(),)
+        ) as pool,
     ):
         texts = itertools.chain.from_iterable(pool.map(docstrings, files, chunksize=64))
         for text in texts:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.data.sources.c4 import open_c4
 from peft_pretraining.data.sources.files import open_files
 from peft_pretraining.data.sources.pydocs import open_pydocs
 from peft_pretraining.errors import UserError
-from peft_pretraining.utils.cache import cache_folder
+from peft_pretraining.utils.cache import cache_folder, expanded
 
 
 def open_source(
@@ -31,7 +30,7 @@ def open_source(
         return open_c4(None, seed)
     if dataset == "pydocs":
         return open_pydocs(cache_folder(cache_dir))
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     if not path.exists():
         raise UserError(
             f"--dataset {dataset}: there is no such file or folder; give an existing one, or type "

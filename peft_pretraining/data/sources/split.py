@@ -7,13 +7,13 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 from peft_pretraining.data.sources.base import Source
 from peft_pretraining.data.sources.files import open_files
 from peft_pretraining.data.sources.shards import Shards
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.cache import expanded
 
 HELD_OUT_FRACTION = 0.01
 
@@ -98,7 +98,7 @@ def split_documents(
     # Documents of all sources that are split by filtering can be read shard by shard.
     train = cast(Shards, source.train)
     if validation_file is not None:
-        own = open_files(Path(validation_file).expanduser(), "--validation_file")
+        own = open_files(expanded(validation_file), "--validation_file")
         kept = FilteredDocuments(train, _not_among(own.train))
         return Split(kept, own.train, ("file", own.signature), own.file_identity)
     if source.validation is None:

@@ -5,13 +5,14 @@ import pytest
 import torchrun_main
 from peft_pretraining.cli.llama import llama_parser, packing_mode
 from peft_pretraining.errors import UserError
+from tests.support.launch import set_launch
 
 
 def arguments(monkeypatch, *words, world_size=1):
     monkeypatch.setattr(
         "sys.argv", ["torchrun_main.py", "--model_config", "configs/llama_60m.json", *words]
     )
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    set_launch(monkeypatch, world_size)
     return torchrun_main.parse_arguments()
 
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.parallel.process_group import (
-    DistributedContext,
-    process_group,
-    world_size_of_environment,
-)
+from peft_pretraining.parallel.launch import Launch
+from peft_pretraining.parallel.process_group import DistributedContext, process_group
+from tests.support.launch import set_launch
 
 CPU = torch.device("cpu")
 
@@ -32,9 +30,7 @@ def test_one_process_needs_no_group():
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert world_size_of_environment() == 1
+    set_launch(monkeypatch, 1)
     with process_group(device_type="cpu") as ranks:
         assert ranks == DistributedContext(0, 0, 1, CPU)
         assert not torch.distributed.is_initialized()
@@ -54,27 +50,25 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
 def test_the_device(monkeypatch, cuda_devices, world_size, options, without_gpu, with_gpu):
     """Of local rank 1, on machines without a GPU and with one GPU too few or enough."""
     expected = with_gpu if cuda_devices else without_gpu
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    launch = Launch(rank=0, local_rank=1, world_size=world_size)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda_devices))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda_devices)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
     if expected in ("cpu", "cuda:1"):
-        with process_group(**options) as ranks:
+        with process_group(**options, launch=launch) as ranks:
             assert str(ranks.device) == expected
         assert chosen == ([expected] if expected != "cpu" else [])
     else:
-        with pytest.raises(UserError, match=expected), process_group(**options):
+        with pytest.raises(UserError, match=expected), process_group(**options, launch=launch):
             pass
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="process 2 of this node .* --nproc_per_node=2"):
-        with process_group():
+        with process_group(launch=Launch(2, 2, 4)):
             pass
 
 

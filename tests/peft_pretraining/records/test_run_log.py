@@ -56,6 +56,42 @@ def test_a_full_disk_costs_records_and_one_warning(tmp_path, fake_wandb):
     assert len(warnings) == 1 and "metrics.jsonl cannot be written (File too large)" in warnings[0]
 
 
+@pytest.mark.parametrize("broken", ["log", "finish"])
+def test_a_broken_wandb_costs_its_records_and_one_warning(tmp_path, fake_wandb, broken):
+    """For instance because its helper process was killed."""
+    warnings = []
+    sink = logger.add(lambda message: warnings.append(message.record["message"]), level="WARNING")
+
+    def fail(*_):
+        raise ConnectionResetError("connection lost")
+
+    setattr(fake_wandb, broken, fail)
+    log = RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [])
+    for update in (1, 2):
+        log.metrics({"update_step": update})
+    log.finish({})
+    logger.remove(sink)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"update_step": 1}\n{"update_step": 2}\n'
+    assert warnings == [
+        "W&B failed (ConnectionResetError: connection lost): its records go on in the run folder "
+        "only, training goes on"
+    ]
+
+
+def test_a_broken_start_of_wandb_and_a_broken_terminal(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no home folder")
+
+    monkeypatch.setattr(run_log, "start_wandb", fail)
+    monkeypatch.setattr(run_log.Progress, "advance", fail)
+    log = RunLog(tmp_path, SINGLE_PROCESS, {"name": "a"}, "a", [])
+    log.start_progress(10, 0)
+    log.advance()
+    log.advance()
+    log.finish({})
+    assert (tmp_path / "run.json").exists()
+
+
 def test_run_json(tmp_path, fake_wandb):
     """It is written at the start, and again with the summary at the end."""
     log = RunLog(tmp_path, SINGLE_PROCESS, {"name": "a", "arguments": {"lr": 0.1}}, "a", [])

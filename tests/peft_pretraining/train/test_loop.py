@@ -1,7 +1,6 @@
 """The parts of the training loops."""
 
 import gc
-import signal
 import types
 
 import pytest
@@ -11,16 +10,19 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.process_group import DistributedContext
 from peft_pretraining.train import loop
 from peft_pretraining.train.loop import (
+    NextStep,
+    SavePoint,
     Stopped,
     next_step,
+    saved_on_failure,
     stop_early,
     without_garbage_collection,
     write_run_report,
 )
 
 ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
-HEALTHY = types.SimpleNamespace(failure=lambda: None)
-NO_SIGNAL, SIGNALLED = (types.SimpleNamespace(signal=s) for s in (None, signal.SIGTERM))
+HEALTHY = types.SimpleNamespace(failure=lambda: None, is_due=lambda: False)
+NO_SIGNAL, SIGNALLED = (types.SimpleNamespace(reason=reason) for reason in (None, "SIGTERM"))
 
 
 def unreadable():
@@ -34,29 +36,46 @@ def unreadable():
 def test_the_next_step_comes_with_its_counts():
     steps = iter(["first", "second"])
     for wanted in ("first", "second"):
-        step, counts, reason = next_step(
-            steps, NO_SIGNAL, HEALTHY, ALONE, lambda step: [len(step), 7]
-        )
-        assert (step, counts, reason) == (wanted, [len(wanted), 7], None)
+        found = next_step(steps, NO_SIGNAL, HEALTHY, ALONE, lambda step: [len(step), 7])
+        assert found == NextStep(wanted, [len(wanted), 7], None, False)
 
 
-def test_data_that_cannot_be_read_are_the_reason_to_stop():
-    step, _, reason = next_step(unreadable(), NO_SIGNAL, HEALTHY, ALONE, lambda step: [0])
-    assert step is None and isinstance(reason, UserError)
-    assert str(reason) == "corpus.jsonl cannot be read"
+def broken():
+    raise ConnectionResetError("104, connection reset")
+    yield
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (unreadable, "corpus.jsonl cannot be read"),
+        (broken, "reading the training data failed (ConnectionResetError: 104, connection reset)"),
+    ],
+)
+def test_data_that_cannot_be_read_are_the_reason_to_stop(data, message):
+    found = next_step(data(), NO_SIGNAL, HEALTHY, ALONE, lambda step: [0])
+    assert found.step is None and isinstance(found.stop_reason, UserError)
+    assert str(found.stop_reason) == message
+
+
+def test_a_checkpoint_that_is_due_on_rank_0_is_due_on_all():
+    due = types.SimpleNamespace(failure=lambda: None, is_due=lambda: True)
+    assert next_step(iter(["first"]), NO_SIGNAL, due, ALONE).saves
+    assert not next_step(iter(["first"]), NO_SIGNAL, HEALTHY, ALONE).saves
 
 
 def test_a_save_that_failed_is_a_reason_to_stop():
-    failed = types.SimpleNamespace(failure=lambda: "the disk is full")
-    step, _, reason = next_step(iter(["first"]), NO_SIGNAL, failed, ALONE)
-    assert step is None and str(reason) == "the disk is full"
+    failed = types.SimpleNamespace(failure=lambda: "the disk is full", is_due=lambda: False)
+    found = next_step(iter(["first"]), NO_SIGNAL, failed, ALONE)
+    assert found.step is None and str(found.stop_reason) == "the disk is full"
 
 
 @pytest.mark.parametrize("steps", [unreadable, lambda: iter(["first"])])
 def test_a_signal_comes_before_a_fault_of_the_data(steps):
     """A signal to the whole process group ends the processes that read the data, too."""
-    step, _, reason = next_step(steps(), SIGNALLED, HEALTHY, ALONE)
-    assert step is None and isinstance(reason, Stopped) and str(reason) == "SIGTERM"
+    found = next_step(steps(), SIGNALLED, HEALTHY, ALONE)
+    assert found.step is None and isinstance(found.stop_reason, Stopped)
+    assert str(found.stop_reason) == "SIGTERM"
 
 
 class FirstOfTwo:
@@ -85,21 +104,21 @@ class FirstOfTwo:
     "problem, other_signal, wanted",
     [
         ("a damaged block", None, "a damaged block (rank 1)"),
-        (None, signal.SIGUSR1, "SIGUSR1"),
-        ("a damaged block", signal.SIGUSR1, "SIGUSR1"),
+        (None, "SIGUSR1", "SIGUSR1"),
+        ("a damaged block", "SIGUSR1", "SIGUSR1"),
     ],
 )
 def test_a_reason_of_another_rank_stops_this_one(problem, other_signal, wanted):
     ranks = FirstOfTwo(problem, other_signal)
-    step, _, reason = next_step(iter(["first"]), NO_SIGNAL, HEALTHY, ranks)
-    assert step is None and str(reason) == wanted
-    assert isinstance(reason, Stopped) == (other_signal is not None)
+    found = next_step(iter(["first"]), NO_SIGNAL, HEALTHY, ranks)
+    assert found.step is None and str(found.stop_reason) == wanted
+    assert isinstance(found.stop_reason, Stopped) == (other_signal is not None)
 
 
 def test_counts_are_summed_over_the_ranks():
     ranks = FirstOfTwo(None, None)
-    step, counts, _ = next_step(iter(["first"]), NO_SIGNAL, HEALTHY, ranks, lambda step: [3, 4])
-    assert step == "first" and counts == [13, 14]
+    found = next_step(iter(["first"]), NO_SIGNAL, HEALTHY, ranks, lambda step: [3, 4])
+    assert found.step == "first" and found.counts == [13, 14]
 
 
 # ------------------------------------------------------------------------------ the end of a run
@@ -112,6 +131,63 @@ def test_a_signal_ends_the_run_without_an_error():
     assert closed == [True]
     with pytest.raises(UserError, match="a damaged block"):
         stop_early(UserError("a damaged block"), 3, log, "go on")
+
+
+def test_ctrl_c_ends_the_run_with_exit_code_130():
+    log = types.SimpleNamespace(close=lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        stop_early(Stopped("SIGINT"), 3, log, "go on")
+    assert ended.value.code == 130
+
+
+def recording_state(update=0):
+    """Return a SavePoint, and the list of what it saves."""
+    saved = []
+    state = SavePoint({"update_step": update}, lambda progress, temporary: saved.append(progress))
+    return state, saved
+
+
+def test_the_state_is_saved_once_and_only_if_it_is_whole():
+    state, saved = recording_state(3)
+    state.save()
+    assert saved == []  # the run has just begun there
+    state.reach(update_step=4, tokens_seen=9)
+    state.save()
+    state.save()
+    assert saved == [{"update_step": 4, "tokens_seen": 9}]
+    state.whole = False
+    state.reach(update_step=5)
+    state.whole = False
+    state.save()
+    assert len(saved) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), UserError("bad validation")])
+def test_an_exception_leaves_a_checkpoint_of_the_last_whole_update(error):
+    state, saved = recording_state()
+    checkpoints = types.SimpleNamespace(finish=lambda: saved.append("written"))
+    with pytest.raises(type(error), match=str(error)):
+        with saved_on_failure(state, checkpoints, ALONE):
+            state.reach(update_step=1)
+            raise error
+    assert saved == [{"update_step": 1}, "written"]
+
+
+def test_an_exception_of_one_rank_saves_nothing_that_needs_the_others():
+    state, saved = recording_state()
+    ranks = types.SimpleNamespace(world_size=2, all_failed=lambda: False)
+    with pytest.raises(ValueError), saved_on_failure(state, HEALTHY, ranks):
+        state.reach(update_step=1)
+        raise ValueError
+    assert saved == []
+
+
+def test_a_rank_that_does_not_answer_is_one_sentence_and_the_stacks(capfd):
+    state, _ = recording_state()
+    ranks = types.SimpleNamespace(world_size=2)
+    with pytest.raises(UserError, match="did not answer within --timeout_minutes"):
+        with saved_on_failure(state, HEALTHY, ranks):
+            raise RuntimeError("Timed out waiting 600000ms for recv operation to complete")
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(tmp_path, monkeypatch):

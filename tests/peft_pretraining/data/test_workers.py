@@ -1,0 +1,60 @@
+"""A process that reads data and is killed gives one sentence, however torch notices it."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from peft_pretraining.data.workers import iterate_loader
+from peft_pretraining.errors import UserError
+
+
+class Loader:
+    """Like a DataLoader: its iterator knows its workers, and fails with the given error."""
+
+    def __init__(self, error, killed):
+        self.error, self.killed = error, killed
+
+    def __iter__(self):
+        return Items(self.error, self.killed)
+
+
+class Items:
+    def __init__(self, error, killed):
+        self.error = error
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        worker.daemon = True
+        worker.start()
+        self._workers = [worker]
+        if killed:
+            os.kill(worker.pid, signal.SIGKILL)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise self.error
+
+    def __del__(self):
+        self._workers[0].kill()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+        FileNotFoundError(2, "No such file"),
+    ],
+)
+def test_a_killed_worker_is_one_sentence(error):
+    with pytest.raises(UserError, match=r"reads the text was killed \(process \d+, exit code -9\)"):
+        next(iterate_loader(Loader(error, killed=True), "text", "--workers"))
+
+
+def test_another_error_is_not_blamed_on_a_worker():
+    with pytest.raises(KeyError):
+        next(iterate_loader(Loader(KeyError("a"), killed=False), "text", "--workers"))

@@ -1,0 +1,88 @@
+"""Child processes end with their parent, whenever it ends."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+
+from peft_pretraining.utils.child import EndWithParent
+from tests.support import fork_server
+
+PARENT = """
+import multiprocessing, os, signal, sys, threading, time
+from peft_pretraining.utils.child import EndWithParent
+
+def work(tie, pids):
+    tie()
+    with open(pids, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(600)
+
+def start():
+    context = multiprocessing.get_context(sys.argv[1])
+    context.Process(target=work, args=(EndWithParent(), sys.argv[2])).start()
+
+if __name__ == "__main__":
+    if sys.argv[3] == "thread":
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+    else:
+        start()
+    time.sleep(600)
+"""
+
+
+def runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("thread", ["main", "thread"])
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_child_ends_with_its_parent(method, thread, tmp_path):
+    """A child that a thread has started outlives the thread, but not the parent."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py"), method, str(tmp_path / "pids"), thread]
+    )
+    try:
+        assert wait_until(lambda: (tmp_path / "pids").exists())
+        time.sleep(0.3)
+        child = int((tmp_path / "pids").read_text())
+        assert runs(child)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert wait_until(lambda: not runs(child))
+
+
+def test_a_child_whose_parent_has_ended_already_ends_at_once():
+    """It is spawned, and its parent is killed while it imports."""
+    tie = EndWithParent()
+    tie.parent = 10**9  # a process that has ended
+    code = "import pickle, sys, time; pickle.loads(sys.stdin.buffer.read()); time.sleep(600)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(tie), timeout=30, capture_output=True
+    )
+    assert done.returncode == 1
+
+
+def test_nothing_happens_in_the_parent():
+    children = fork_server.descendants(os.getpid())
+    EndWithParent()()
+    pickle.loads(pickle.dumps(EndWithParent()))
+    assert fork_server.descendants(os.getpid()) == children
