@@ -8,6 +8,9 @@ from torch import Tensor
 
 from alphadecay.constants import MAPS
 
+SQUEEZED = 0.05  # a part of the range in which decays are practically equal
+MIN_SQUEEZED = 5  # of fewer decays, all but one are often close together
+
 
 class MapSettings(TypedDict):
     """Keyword arguments of `assign_decays`, for classes that keep them."""
@@ -16,6 +19,32 @@ class MapSettings(TypedDict):
     min_ratio: float
     max_ratio: float
     positive: bool
+
+
+def squeezing_module(decays: Tensor, share: float = SQUEEZED) -> int | None:
+    """Return the index of the one decay that leaves all others a small part of the range.
+
+    An odd spectrum can have a score so far from the others that a linear map gives it one end of
+    the range, and all others nearly the same decay at the other end.
+
+    Args:
+        decays: [M], the decays.
+        share: how small the part is, as a fraction of the range.
+
+    Returns:
+        The index; None if there is no such decay, or if there are fewer than `MIN_SQUEEZED` decays.
+    """
+    if len(decays) < MIN_SQUEEZED:
+        return None
+    values, order = decays.sort()
+    allowed = share * float(values[-1] - values[0])
+    if not allowed:
+        return None
+    if float(values[-2] - values[0]) <= allowed:
+        return int(order[-1])
+    if float(values[-1] - values[1]) <= allowed:
+        return int(order[0])
+    return None
 
 
 def assign_decays(

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alphadecay.assignment import MapSettings, assign_decays
+from alphadecay.assignment import SQUEEZED, MapSettings, assign_decays, squeezing_module
 from alphadecay.async_analysis import AsyncAnalysis
 from alphadecay.constants import FIT_METHODS, MAPS, METRICS
 from alphadecay.controls import (
@@ -164,6 +164,7 @@ class AlphaDecay:
         self._engine = SpectralEngine(timeout)
         self._pending: AsyncAnalysis | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._outliers: set[str] = set()  # modules that a warning has named
 
         self.modules = balanced_modules(
             self.model,
@@ -425,7 +426,9 @@ class AlphaDecay:
         reasons = [FAILURES[code] for code in failures]
         valid_indices = [i for i, reason in enumerate(reasons) if reason is None]
         try:
-            decays = self._apply_controls(self._assign(scores, valid_indices))
+            assigned = self._assign(scores, valid_indices)
+            self._warn_of_outlier(assigned, scores)
+            decays = self._apply_controls(assigned)
             reasons = [reasons[source] for source in self._shuffle_order]
         except ValueError as error:
             if self.updates == 0:
@@ -437,10 +440,17 @@ class AlphaDecay:
             self.modules, rows.tolist(), scores.tolist(), reasons, strict=True
         ):
             self.history.append(self._history_record(module, row, score, reason))
-            if reason and self._plan.rank == 0:
-                logger.warning(
-                    "update %d: %s keeps its weight decay: %s", self.updates, module.name, reason
-                )
+        self._warn_of_kept_decays(reasons)
+
+    def _warn_of_kept_decays(self, reasons: Sequence[str | None]) -> None:
+        """Log which modules keep their decays and why, in one line if it is the same for all."""
+        if self._plan.rank != 0:
+            return
+        kept = [(m.name, r) for m, r in zip(self.modules, reasons, strict=True) if r is not None]
+        if len(kept) == len(reasons) > 1 and len(set(reasons)) == 1:
+            kept = [(f"every one of the {len(kept)} modules", kept[0][1])]
+        for name, reason in kept:
+            logger.warning("update %d: %s keeps its weight decay: %s", self.updates, name, reason)
 
     def _assign(self, scores: Tensor, valid_indices: Sequence[int]) -> dict[int, float]:
         """Return the decay of each module that has a score, by its index."""
@@ -454,6 +464,23 @@ class AlphaDecay:
                 **self._map,
             )
         return dict(zip(valid_indices, decays.tolist(), strict=True))
+
+    def _warn_of_outlier(self, decays: dict[int, float], scores: Tensor) -> None:
+        """Warn once of each module whose score leaves all other decays practically equal."""
+        if self._constant_ratios is not None or self._plan.rank != 0:
+            return
+        position = squeezing_module(torch.tensor(list(decays.values()), dtype=torch.float64))
+        if position is None:
+            return
+        index = list(decays)[position]
+        name = self.modules[index].name
+        if name not in self._outliers:
+            self._outliers.add(name)
+            logger.warning(
+                "update %d: the %s of %s, %.3g, lies so far from the others that their decays lie "
+                "within %.0f %% of the range; the map tb_quantile is not affected by an outlier",
+                self.updates, self.metric, name, float(scores[index]), 100 * SQUEEZED,
+            )  # fmt: skip
 
     def _history_record(
         self, module: BalancedModule, row: Sequence[float], score: float, reason: str | None

@@ -13,16 +13,18 @@ from torch import Tensor
 
 from alphadecay.spectral.eigenvalues import (
     GRAM_DTYPES,
+    NoSpectrum,
     exact_eigenvalues,
     exact_products,
     gram,
     is_precise_enough,
     pool_eigenvalues,
+    rounding_of,
     spectrum,
     to_matrices,
 )
 from alphadecay.spectral.statistics import (
-    NOT_FINITE,
+    FAILURES,
     SOLVER_FAILED,
     TIMED_OUT,
     empty_row,
@@ -128,8 +130,8 @@ class SpectralEngine:
             ]
             threads = min(threads, _max_concurrent_solves(weights, dtypes))
         row_tasks = [
-            functools.partial(_row, task, norm, metric, ignored_fraction, fit)
-            for task, norm in zip(tasks, gradnorms, strict=True)
+            functools.partial(_row, task, norm, metric, ignored_fraction, weight, fit)
+            for task, norm, weight in zip(tasks, gradnorms, weights, strict=True)
         ]
         # Start the most expensive weights first, so that no long task starts last.
         order = sorted(
@@ -167,7 +169,7 @@ class SpectralEngine:
         for i, weight in enumerate(weights):
             try:
                 matrices, scales[i] = to_matrices(weight, windows)
-            except ValueError as error:
+            except NoSpectrum as error:
                 spectra[i] = error
                 continue
             for matrix in matrices:
@@ -288,6 +290,7 @@ def _row(
     gradnorm: float,
     metric: str,
     ignored_fraction: float,
+    weight: Tensor,
     fit: FitSettings,
 ) -> Row:
     """Compute the eigenvalues of one weight, and its statistics from them."""
@@ -296,7 +299,14 @@ def _row(
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             "the solver returned eigenvalues that are not finite"
         )
-    return spectral_row(values, gradnorm, metric, whole=ignored_fraction == 0, **fit)
+    return spectral_row(
+        values,
+        gradnorm,
+        metric,
+        whole=ignored_fraction == 0,
+        tolerance=rounding_of(weight),
+        **fit,
+    )
 
 
 def _row_or_failure(result: Row | Exception, gradnorm: float) -> Row:
@@ -305,7 +315,9 @@ def _row_or_failure(result: Row | Exception, gradnorm: float) -> Row:
         return result
     if isinstance(result, TimeoutError):
         return empty_row(gradnorm), TIMED_OUT
-    return empty_row(gradnorm), NOT_FINITE if isinstance(result, ValueError) else SOLVER_FAILED
+    if isinstance(result, NoSpectrum):
+        return empty_row(gradnorm), FAILURES.index(str(result))
+    return empty_row(gradnorm), SOLVER_FAILED
 
 
 def _max_concurrent_solves(weights: Sequence[Tensor], dtypes: Dtypes) -> int:
@@ -321,4 +333,4 @@ def _max_concurrent_solves(weights: Sequence[Tensor], dtypes: Dtypes) -> int:
         2 * wide * n * n + (0 if w.dtype == dtypes[0] else copy)
         for n, copy, w in zip(sides, copies, weights, strict=True)
     )
-    return max(1, max(CPU_BUDGET, 2 * max(copies)) // need)
+    return max(1, max(CPU_BUDGET, 2 * max(copies)) // max(need, 1))

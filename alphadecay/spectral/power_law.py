@@ -20,6 +20,7 @@ ZERO = 1e-5  # filter_zeros leaves out eigenvalues up to here (the published thr
 BLOCK_ROWS = 16  # thresholds whose D is computed at once; takes 2 * 16 * N float64 numbers
 # Tolerance: larger than the rounding error of D, smaller than any real difference between two D.
 ROUNDING = 1e-9
+FLAT = 1e-5  # a tail whose eigenvalues differ by less would have an alpha above 100,000
 # Numbers in one elementwise operation that torch leaves to one thread: waking a second thread for
 # a few more numbers takes longer than it saves.
 ONE_THREAD = 2**15
@@ -61,7 +62,11 @@ class FitSettings(TypedDict, total=False):
 
 @torch.inference_mode()  # saves a tenth of the time of the searches' many small operations
 def fit_power_law(
-    eigenvalues: Tensor, method: str = "median", xmin_pos: float = 2.0, filter_zeros: bool = False
+    eigenvalues: Tensor,
+    method: str = "median",
+    xmin_pos: float = 2.0,
+    filter_zeros: bool = False,
+    tolerance: float = FLAT,
 ) -> PowerLaw:
     """Fit a power law to the upper part of a spectrum (PL_Alpha_Hill).
 
@@ -79,6 +84,9 @@ def fit_power_law(
               code, log10(0.95 p), which excludes almost nothing.
         xmin_pos: for the median methods; 2 fits the upper half of the spectrum.
         filter_zeros: leave out eigenvalues up to 1e-5 first, unless that would leave none.
+        tolerance: relative difference up to which eigenvalues count as equal, see
+            `spectral.eigenvalues.rounding_of`. The alpha of a tail that is flat up to rounding
+            would be a large number that says nothing about the weight.
 
     Returns:
         The fitted tail.
@@ -102,17 +110,29 @@ def fit_power_law(
     if values.numel() < 2:
         raise UndefinedPowerLaw(TOO_FEW)
     if method in ("median", "median-paper"):
-        return _fit_median(values, xmin_pos, paper=method == "median-paper")
+        law = _fit_median(values, xmin_pos, paper=method == "median-paper")
+        return _checked(law, float(values[-1]), tolerance)
     if float(values[0]) < sys.float_info.min:  # zero has no logarithm
         values = values[int(torch.searchsorted(values, sys.float_info.min)) :]
     if not values.numel():
         raise UndefinedPowerLaw(ZERO_THRESHOLD)
+    largest = float(values[-1])
+    if largest <= float(values[0]) * (1 + tolerance):
+        raise UndefinedPowerLaw(EQUAL_TAIL)
     logs = values.log10()
     if method == "goodness-of-fit":
         start, stop = 0, values.numel() - 1
     else:
         start, stop = _peak_window(values, logs, method)
-    return _fit_smallest_distance(values[start:], logs[start:], stop - start)
+    law = _fit_smallest_distance(values[start:], logs[start:], stop - start)
+    return _checked(law, largest, tolerance)
+
+
+def _checked(law: PowerLaw, largest: float, tolerance: float) -> PowerLaw:
+    """Return the fit of a tail, or raise UndefinedPowerLaw if the tail is flat."""
+    if largest <= law.xmin * (1 + tolerance):
+        raise UndefinedPowerLaw(EQUAL_TAIL)
+    return law
 
 
 def _fit_median(values: Tensor, xmin_pos: float, paper: bool) -> PowerLaw:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from alphadecay.constants import METRICS
-from alphadecay.spectral.power_law import UNDEFINED, UndefinedPowerLaw, fit_power_law
+from alphadecay.spectral.eigenvalues import NO_SPECTRUM, NOT_FINITE_WEIGHT
+from alphadecay.spectral.power_law import FLAT, UNDEFINED, UndefinedPowerLaw, fit_power_law
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,14 +25,16 @@ NO_GRADIENT = 10.0  # gradnorm of a weight without a gradient (the published val
 EPSILON = 6e-5
 # A row that could not be computed carries the index of its reason in `FAILURES`, because ranks
 # exchange rows as numbers.
-NOT_FINITE, SOLVER_FAILED, TIMED_OUT, NO_SCORE = 1, 2, 3, 4
+SOLVER_FAILED, TIMED_OUT, NO_SCORE = 2, 3, 4
 FAILURES = (
     None,
-    "the weight holds NaN or Inf",
+    NOT_FINITE_WEIGHT,
     "the eigenvalue solver failed",
     "the eigenvalue solver did not end in time",
     "the score is not finite",
     *(f"alpha is undefined: {reason}" for reason in UNDEFINED),
+    # Numbers of reasons are in checkpoints, so that new ones come last.
+    *NO_SPECTRUM,
 )
 
 
@@ -62,7 +65,12 @@ def ignored_fraction_of(
 
 
 def spectral_row(
-    values: Tensor, gradnorm: float, metric: str, whole: bool = True, **fit: Unpack[FitSettings]
+    values: Tensor,
+    gradnorm: float,
+    metric: str,
+    whole: bool = True,
+    tolerance: float = FLAT,
+    **fit: Unpack[FitSettings],
 ) -> tuple[dict[str, float], int]:
     """Compute the statistics of one module, as far as the metric needs them.
 
@@ -74,7 +82,8 @@ def spectral_row(
             `alpha_farms` and D are computed.
         whole: True if all values are precise. Otherwise the entropy, which depends on the small
             ones, is left out.
-        fit: keyword arguments of `fit_power_law`.
+        tolerance: see `fit_power_law`.
+        fit: its other keyword arguments.
 
     Returns:
         The row, by column (NaN where not computed), and the index of its failure in `FAILURES`
@@ -83,7 +92,7 @@ def spectral_row(
     row = empty_row(gradnorm)
     if metric == "alpha_farms":
         try:
-            law = fit_power_law(values, **fit)
+            law = fit_power_law(values, tolerance=tolerance, **fit)
         except UndefinedPowerLaw as error:
             return row, FAILURES.index(f"alpha is undefined: {error}")
         return row | {"alpha_farms": law.alpha, "D": law.D}, 0
@@ -97,7 +106,7 @@ def spectral_row(
         )
         row["entropy"] = spectral_entropy(values) if whole else math.nan
         try:
-            law = fit_power_law(values, **fit)
+            law = fit_power_law(values, tolerance=tolerance, **fit)
             row["alpha"], row["D"] = law.alpha, law.D
             row["alphahat"] = softplus(law.alpha * math.log10(row["spectral_norm"]))
         except UndefinedPowerLaw as error:

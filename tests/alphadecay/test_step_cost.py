@@ -59,7 +59,7 @@ def an_update(device):
 
     def update(number):
         batches = [{"input_ids": ids, "labels": labels}] * 2
-        loss = torchrun_main.forward_backward(model, batches, 88, autocast, ranks)
+        loss = torchrun_main.forward_backward(model, batches, number, 88, 0, autocast, ranks)
         norm = clip_gradients(model, 1.0)
         guard.check_update(number, loss, norm)
         set_learning_rate(optimizer, 1e-3)

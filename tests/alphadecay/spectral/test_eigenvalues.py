@@ -67,7 +67,10 @@ def test_zero_matrix():
 @pytest.mark.parametrize(
     "weight, message",
     [
-        (torch.ones(3), "1 dimensions"),
+        (torch.ones(3), r"neither \[out, in\] nor"),
+        (torch.ones(4, 4, dtype=torch.int8), "not of a floating-point dtype"),
+        (torch.ones(4, 4, dtype=torch.complex64), "not of a floating-point dtype"),
+        (torch.ones(4, 4, device="meta"), "on the meta device, without values"),
         (torch.ones(0, 4), "empty"),
         (torch.full((4, 4), float("nan")), "NaN or Inf"),
         (torch.full((4, 4), float("inf")), "NaN or Inf"),
@@ -76,6 +79,18 @@ def test_zero_matrix():
 def test_bad_weights(weight, message):
     with pytest.raises(ValueError, match=message):
         eigenvalues(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_narrow_dtypes_are_widened(dtype):
+    weight = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(eigenvalues(weight), eigenvalues(weight.double()))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_weights_are_made_dense(layout):
+    weight = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)).relu()
+    assert torch.equal(eigenvalues(weight.to_sparse(layout=layout)), eigenvalues(weight))
 
 
 @pytest.mark.parametrize(
