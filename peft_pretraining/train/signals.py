@@ -62,5 +62,10 @@ class StopRequest:
 
 
 def was_restarted() -> bool:
-    """Return True if torchrun started this process again after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Return True if torchrun, or its launcher, started this process again after a failure.
+
+    torchrun counts its restarts after the death of a process (--max-restarts), and
+    scripts/cluster/relaunch.py its own after the loss of a node.
+    """
+    counts = ("TORCHELASTIC_RESTART_COUNT", "ALPHADECAY_RESTARTS")
+    return any(int(os.environ.get(name, 0)) > 0 for name in counts)

@@ -9,9 +9,13 @@
 #   --gpus N           processes on each node (or GPUS_PER_NODE; default: one for each GPU)
 #   --port N           a free port of HOST (default 29400)
 #   --id NAME          name of the run, if several runs share a host and a port (default alphadecay)
-#   --max_restarts N   how often torchrun restarts the run after a process has died (default 3)
+#   --max_restarts N   how often the run is restarted after a process has died, and how often
+#                      torchrun is started again after a whole node was lost (default 3 each)
 #   --script FILE      torchrun_main.py (default) or main_vit.py; it gets the arguments after --
 #   --dry_run          print the command and do nothing
+#
+# If a node is lost, the other ones wait for it: run the same command on it again. It takes up to
+# two minutes until torchrun notices and all nodes start anew from the newest checkpoint.
 #
 # The run folder (runs/NAME, or --save_dir) must be on a file system that all nodes share. A run
 # that died or was stopped continues from its newest checkpoint. SIGTERM (and SIGUSR1, if torchrun
@@ -58,7 +62,7 @@ cd "$(dirname "$0")/../.."
 command=(
     env PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_SECONDS:-240}"
-    torchrun "--nnodes=$nodes" "--nproc_per_node=$gpus" --rdzv_backend=c10d
+    python -m scripts.cluster.relaunch "--nnodes=$nodes" "--nproc_per_node=$gpus" --rdzv_backend=c10d
     "--rdzv_endpoint=$host:$port" "--rdzv_id=$id"
     "--max_restarts=$restarts" "$script" "$@"
 )

@@ -134,7 +134,9 @@ def _torchrun(words: list[str]) -> None:
 
 
 def _python(words: list[str]) -> None:
-    if words[0] == "-m":
+    if words[:2] == ["-m", "scripts.cluster.relaunch"]:
+        _torchrun(words[2:])
+    elif words[0] == "-m":
         _script(words[1], words[2:], 1)
     else:
         _script(words[0], words[1:], 1)

@@ -4,6 +4,8 @@ Tested: the commands that they start, a run that dies on one node and continues,
 requeued.
 """
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -18,8 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from peft_pretraining.parallel import rendezvous
+from scripts.cluster import relaunch
 from tests.end_to_end.common import (
     FAULTY,
     ROOT,
@@ -68,7 +73,8 @@ def test_multinode_prints_its_command():
         RDZV_HOST="node1",
     )
     words = shlex.split(done.stdout)
-    torchrun = words[words.index("torchrun") + 1 :]
+    assert words[words.index("python") + 1 :][:2] == ["-m", "scripts.cluster.relaunch"]
+    torchrun = words[words.index("scripts.cluster.relaunch") + 1 :]
     assert torchrun[:4] == [
         "--nnodes=4",
         "--nproc_per_node=8",
@@ -226,6 +232,105 @@ def test_a_run_that_dies_on_one_of_two_nodes_continues(tmp_path):
         9,
         9,
     ]  # 1 to 6, then 6 to 8
+
+
+def updates_of(run_folder):
+    """Return the number of the last update that a run has logged."""
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()[:-1] if path.exists() else []
+    return max((json.loads(line)["update_step"] for line in lines), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_node_is_waited_for(lost, tmp_path):
+    """One of two launchers is killed with all its processes, and started again.
+
+    Number 0 is the one whose torchrun holds the rendezvous. torchrun notices the loss of the other
+    one after a minute.
+    """
+    write_config(tmp_path)
+    write_text(tmp_path, documents=150)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run_folder = tmp_path / "run"
+    settings = {"num_training_steps": 100_000, "save_every": 20, "eval_every": 100_000}
+    settings |= {"batch_size": 2, "total_batch_size": 4}
+    words = [MULTINODE, "--nodes", 2, "--rdzv_host", "localhost", "--port", port, "--gpus", 1, "--"]
+    words += exact(tmp_path, "run", "--keep_checkpoints", 2, **settings)
+
+    def launch():
+        return subprocess.Popen(
+            ["bash", *map(str, words)],
+            cwd=ROOT,
+            env=clean({"ALPHADECAY_CACHE": str(tmp_path / "cache")}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def end(node):
+        for pid in (*fork_server.descendants(node.pid), node.pid):
+            fork_server.kill(pid)
+        node.wait(timeout=10)
+
+    def wait_for_update(update, seconds):
+        deadline = time.monotonic() + seconds
+        while updates_of(run_folder) < update:
+            assert time.monotonic() < deadline, f"no update {update} within {seconds} s"
+            time.sleep(0.2)
+
+    nodes = [launch()]
+    time.sleep(3)  # so that this one holds the rendezvous
+    nodes.append(launch())
+    try:
+        wait_for_update(30, 90)
+        end(nodes[lost])
+        before = updates_of(run_folder)
+        nodes[lost] = launch()
+        wait_for_update(before + 30, 240)
+    finally:
+        for node in nodes:
+            end(node)
+
+
+class NodeLost(Exception):
+    pass
+
+
+FAILED = {0: ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file="none")}
+
+
+@pytest.mark.parametrize(
+    "error, made, starts_again",
+    [
+        (NodeLost("wait timeout"), 0, True),
+        (NodeLost("wait timeout"), 2, True),
+        (NodeLost("wait timeout"), 3, False),
+        (ChildFailedError("torchrun_main.py", FAILED), 0, False),
+        (SignalException("stop", signal.SIGTERM), 0, False),
+        (None, 0, False),
+    ],
+)
+def test_torchrun_is_started_again_only_after_the_loss_of_a_node(
+    error, made, starts_again, monkeypatch, capsys
+):
+    monkeypatch.setenv(relaunch.RESTARTS, str(made))
+    again = []
+
+    def start(arguments):
+        if error:
+            raise error
+
+    words = ["--nnodes=2", "--rdzv_endpoint=node1:29400", "--max_restarts=3", "torchrun_main.py"]
+    with pytest.raises(type(error)) if error and not starts_again else contextlib.nullcontext():
+        relaunch.run(words, start, lambda: again.append(os.environ[relaunch.RESTARTS]))
+    assert again == ([str(made + 1)] if starts_again else [])
+    assert capsys.readouterr().err.count(
+        f"a node was lost (NodeLost): starting torchrun again ({made + 1} of 3), which waits at "
+        "node1:29400 until all 2 nodes are there"
+    ) == (1 if starts_again else 0)
 
 
 # -------------------------------------------------------------------------------------------- Slurm
