@@ -73,6 +73,7 @@ class Checkpoints:
         self._snapshot = HostSnapshot()
         self._last_error: str | None = None
         self._error_unreported = False
+        self._other_failure: str | None = None
         if ranks.is_main:
             remove_leftovers(run_folder)
 
@@ -168,7 +169,7 @@ class Checkpoints:
         """
         problem = f"{what} could not be saved ({reason_of(error)}): make room or make it writable"
         if self._on_error == "stop":
-            self._last_error, self._error_unreported = problem, True
+            self._other_failure = problem
         else:
             logger.warning(f"{problem}; training goes on")
 
@@ -178,7 +179,8 @@ class Checkpoints:
         Each error is returned once. Returns None if there is nothing for which to end the run.
         """
         unreported, self._error_unreported = self._error_unreported, False
-        return self._last_error if unreported else None
+        other, self._other_failure = self._other_failure, None
+        return self._last_error if unreported else other
 
     def finish(self) -> None:
         """Wait on all ranks until the last save is written; call it at the end of a run.
@@ -187,10 +189,10 @@ class Checkpoints:
 
         Raises:
             UserError: The last save failed, whatever `on_error` is: the run would end without its
-                last checkpoint.
+                last checkpoint. Or `note_failure` has noted something with on_error `stop`.
         """
         self._wait()
-        error = self._ranks.broadcast_object(self._last_error)
+        error = self._ranks.broadcast_object(self._last_error or self._other_failure)
         if error:
             raise UserError(error)
 

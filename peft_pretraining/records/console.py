@@ -24,6 +24,7 @@ def start_logging(ranks: DistributedContext) -> None:
         format=line_format,
         level="INFO" if ranks.is_main else "WARNING",
         colorize=sys.stderr.isatty(),
+        diagnose=False,  # a traceback with the values of all variables would take pages
     )
     logging.getLogger("alphadecay").handlers = [_ToLoguru()]
 

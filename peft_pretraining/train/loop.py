@@ -117,9 +117,14 @@ class SavePoint:
         self.progress = self.progress | progress
         self.whole = True
 
+    @property
+    def unsaved(self) -> bool:
+        """Whether the state is whole and no checkpoint has it."""
+        return self.whole and self._saved < self.progress["update_step"]
+
     def save(self, temporary: bool = False) -> None:
         """Start to save the state, if it is whole and no checkpoint has it. All ranks call this."""
-        if self.whole and self._saved < self.progress["update_step"]:
+        if self.unsaved:
             self._save(self.progress, temporary)
             self._saved = self.progress["update_step"]
 
@@ -143,6 +148,8 @@ def saved_on_failure(
     except Exception as error:
         if ranks.world_size > 1 and is_timeout(error):
             # What this rank waited for tells where the other one is.
+            logger.opt(exception=error).error("another process does not answer")
+            sys.stderr.flush()
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             raise UserError(
                 "another process did not answer within --timeout_minutes; the stacks of all "
@@ -150,7 +157,7 @@ def saved_on_failure(
                 "file system, and start the same command again, which goes on from the last "
                 "checkpoint"
             ) from error
-        if ranks.all_failed():
+        if state.unsaved and ranks.all_failed():
             try:
                 state.save()
                 checkpoints.finish()

@@ -2,9 +2,9 @@
 
     python -m scripts.cluster.relaunch --max_restarts=3 ...    the arguments of torchrun
 
-torchrun restarts processes that died, but not a node: if a machine is rebooted, its new torchrun and
-the others wait for each other until a time-out, and then all of them end. Here each of them starts
-again instead, in a new rendezvous, as often as --max_restarts says.
+torchrun restarts processes that died, but not a node: if a machine is rebooted, its new torchrun
+and the others wait for each other until a time-out, and then all of them end. Here each of them
+starts again instead, in a new rendezvous, as often as --max_restarts says.
 """
 
 from __future__ import annotations

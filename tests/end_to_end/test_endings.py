@@ -118,6 +118,21 @@ def test_the_death_of_a_reader_is_one_sentence_and_a_checkpoint(inputs, processe
     assert set(last) == {int(checkpoint.removeprefix("model_"))}
 
 
+def test_a_rank_that_hangs_ends_the_run_with_stacks(inputs):
+    """It is stopped, as by a file system that does not answer."""
+    impatient = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}  # until torchrun kills the stopped rank
+    words = ("--timeout_minutes", 0.05)
+    done = ended(
+        inputs, "hangs", "SIGSTOP@6@1", *words, save_every=4, environment=impatient, cold=True
+    )
+    assert done.returncode != 0
+    assert "another process did not answer within --timeout_minutes" in done.stderr
+    assert "most recent call first" in done.stderr and "in forward_backward" in done.stderr
+    assert saved(inputs, "hangs") == ["model_4"]
+    again = ended(inputs, "hangs", "none@0@0", save_every=4, num_training_steps=40)
+    assert again.returncode == 0 and "continue from" in again.stderr
+
+
 def test_checkpoints_by_time_are_replaced(inputs, straight_run):
     """They do not change the run, and only the newest one stays, beside those of --save_every."""
     run(

@@ -232,6 +232,18 @@ def test_an_image_that_cannot_be_read(inputs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("choice, code", [("continue", 0), ("stop", 2)])
+def test_a_best_model_that_cannot_be_exported(inputs, tmp_path, choice, code):
+    """As on a full disk: a file is in the way. --on_save_error decides, as for checkpoints."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/best.tmp").write_text("in the way")
+    words = vit(inputs, "unused", "--on_save_error", choice, "--output_dir", tmp_path / "run")
+    done = run(words, "main_vit.py", 1, check=False)
+    assert done.returncode == code, done.stderr[-3000:]
+    assert re.search("run/best could not be saved .*File exists.*: make room or make", done.stderr)
+    assert (tmp_path / "run/checkpoints").is_dir() and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "flags",
     [
