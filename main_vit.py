@@ -25,7 +25,7 @@ from alphadecay.cli.describe import MethodDescription, check_method, describe_me
 from alphadecay.cli.flags import add_flags, decay_from_flags, register_decay_hooks
 from alphadecay.cli.presets import method_name
 from alphadecay.cli.presets import parse_arguments as parse_with_method
-from peft_pretraining.cli.main import parse_or_exit, run_script
+from peft_pretraining.cli.main import end, parse_or_exit, run_script
 from peft_pretraining.cli.published import VIT, published_differences
 from peft_pretraining.cli.vit import DATA_ARGUMENTS, RESUME_ARGUMENTS, complete, vit_parser
 from peft_pretraining.parallel.launch import Launch, read_launch
@@ -848,4 +848,4 @@ def save(
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ARGUMENTS, LAUNCH))
+    end(run_script(main, ARGUMENTS, LAUNCH))

@@ -30,7 +30,7 @@ from peft_pretraining.cli.llama import (
     llama_parser,
     packing_mode,
 )
-from peft_pretraining.cli.main import parse_or_exit, run_script
+from peft_pretraining.cli.main import end, parse_or_exit, run_script
 from peft_pretraining.cli.published import LLAMA, published_differences
 from peft_pretraining.parallel.launch import Launch, read_launch
 
@@ -746,4 +746,4 @@ def saved_config(model: nn.Module, tokenizer: Tokenizer, max_length: int) -> dic
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ARGUMENTS, LAUNCH))
+    end(run_script(main, ARGUMENTS, LAUNCH))

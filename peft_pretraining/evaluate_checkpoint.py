@@ -9,12 +9,11 @@ added to the run's evaluations.jsonl. A result that this file contains is not co
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from peft_pretraining.cli.common import Parser
 from peft_pretraining.cli.llama import packing_mode, token_count
-from peft_pretraining.cli.main import parse_or_exit, run_script
+from peft_pretraining.cli.main import end, parse_or_exit, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -154,4 +153,4 @@ def evaluate_on(
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ARGUMENTS))
+    end(run_script(main, ARGUMENTS))

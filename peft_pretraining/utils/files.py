@@ -4,15 +4,17 @@ A file or folder is written under a temporary name beside its target and renamed
 complete. A reader therefore sees the old content or the new content, never a part, even if the
 process is killed or the machine loses power. When writing fails, the target is unchanged and the
 temporary file or folder is removed; only a killed process leaves one behind, under a name that
-ends in `TEMPORARY_SUFFIX`, and the next write to the same target replaces it.
+ends in `TEMPORARY_SUFFIX`, and the next write to the same target removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -165,8 +167,36 @@ def replace_directory(new: Path, path: Path, *, durable: bool = True) -> None:
 
 
 def _temporary_path(path: Path, shared: bool) -> Path:
-    unique = f".{uuid.uuid4().hex}" if shared else ""
-    return path.with_name(f"{path.name}{unique}{TEMPORARY_SUFFIX}")
+    if not shared:
+        return path.with_name(path.name + TEMPORARY_SUFFIX)
+    host = socket.gethostname()
+    _remove_what_killed_processes_left(path, host)
+    unique = f"{host}.{os.getpid()}.{uuid.uuid4().hex}"
+    return path.with_name(f"{path.name}.{unique}{TEMPORARY_SUFFIX}")
+
+
+def _remove_what_killed_processes_left(path: Path, host: str) -> None:
+    """Remove temporary files for a target whose writers on this machine have ended."""
+    pattern = f"{glob.escape(f'{path.name}.{host}.')}*{TEMPORARY_SUFFIX}"
+    for left in path.parent.glob(pattern):
+        pid = left.name[len(f"{path.name}.{host}.") :].split(".")[0]
+        if not pid.isdigit() or _runs(int(pid)):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def fsync_path(path: Path) -> None:

@@ -23,13 +23,12 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from peft_pretraining.cli.main import run_script
+from peft_pretraining.cli.main import end, run_script
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.launch import read_launch
 from tests.support.fork_server import descendants
@@ -166,4 +165,4 @@ if __name__ == "__main__":
     script.forward_backward = forward_backward_with_faults
     script.build_model = build_model_with_faults
     script.build_optimizer = build_optimizer_with_trace
-    sys.exit(run_script(lambda: script.main(script.parse_arguments(), read_launch())))
+    end(run_script(lambda: script.main(script.parse_arguments(), read_launch())))

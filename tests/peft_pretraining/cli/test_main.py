@@ -1,5 +1,8 @@
 """A user error ends a script with one line and exit code 2."""
 
+import subprocess
+import sys
+
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -44,6 +47,21 @@ def test_success(capsys):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
+
+
+def test_the_end_waits_for_threads_and_runs_what_was_registered(tmp_path):
+    code = (
+        "import atexit, sys, threading, time\n"
+        "from peft_pretraining.cli.main import end\n"
+        "def work():\n    time.sleep(0.5)\n    print('saved')\n"
+        "threading.Thread(target=work).start()\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+        "atexit.register(print, 'registered')\n"
+        "print('first', end=' ')\n"
+        "end(7)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (7, ["first", "saved", "registered"])
 
 
 def test_torchrun_gets_the_sentence(tmp_path, monkeypatch, capsys):

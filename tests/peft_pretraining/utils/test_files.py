@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -263,3 +264,22 @@ def test_files_of_a_new_folder_have_the_permissions_that_the_umask_asks_for(tmp_
     assert (new / "inner/private").stat().st_mode & 0o777 == mode
     assert (new / "program").stat().st_mode & 0o700 == 0o700
     assert sorted(path.name for path in new.iterdir()) == ["inner", "program"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(kind, tmp_path):
+    """Also where several processes write the same target, each under a name of its own."""
+    target = tmp_path / "a[1].gz"
+    code = (
+        "import os, sys; from pathlib import Path; from peft_pretraining.utils import files\n"
+        "write = files.atomic_directory if sys.argv[2] == 'folder' else files.atomic_open\n"
+        "with write(Path(sys.argv[1]), shared=True): os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, target, kind])
+    assert done.returncode == -9
+    (left,) = tmp_path.iterdir()
+    alive = tmp_path / f"{target.name}.{socket.gethostname()}.{os.getpid()}.0.tmp"
+    elsewhere = tmp_path / f"{target.name}.another-machine.1.0.tmp"
+    alive.touch(), elsewhere.touch()
+    files.atomic_write(target, b"whole", shared=True)
+    assert sorted(tmp_path.iterdir()) == sorted([target, alive, elsewhere])

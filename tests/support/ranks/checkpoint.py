@@ -17,7 +17,7 @@ from peft_pretraining.checkpoint import save as save_module
 from peft_pretraining.checkpoint.find import find_checkpoint
 from peft_pretraining.checkpoint.load import load_checkpoint
 from peft_pretraining.checkpoint.random_state import seed_random_generators
-from peft_pretraining.cli.main import run_script
+from peft_pretraining.cli.main import end, run_script
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.process_group import DistributedContext, process_group
 
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    end(run_script(main))

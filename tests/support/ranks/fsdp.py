@@ -20,7 +20,7 @@ from alphadecay.param_groups import split_hidden
 from peft_pretraining.checkpoint.load import load_checkpoint
 from peft_pretraining.checkpoint.random_state import seed_random_generators
 from peft_pretraining.checkpoint.save import Checkpoints
-from peft_pretraining.cli.main import run_script
+from peft_pretraining.cli.main import end, run_script
 from peft_pretraining.data.loader import validation_batches
 from peft_pretraining.data.sequences import Sequences, Shard, document_offsets
 from peft_pretraining.model.modeling_llama import build_model, load_config
@@ -90,7 +90,9 @@ class Run:
             {"input_ids": x, "labels": y} for x, y in zip(batches, labels, strict=True)
         ]
         loss = (
-            torchrun_main.forward_backward(self.parallel, micro_batches, 180, PLAIN, self.ranks)
+            torchrun_main.forward_backward(
+                self.parallel, micro_batches, number, 180, 0, PLAIN, self.ranks
+            )
             * scale
         )
         norm = clip_gradients(self.model, 0.5)
@@ -233,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    end(run_script(main))

@@ -1,0 +1,67 @@
+"""Run a training script and announce its phases: benchmarks/bench_faults.py starts this.
+
+PHASES=FILE: each rank appends `phase rank pid` to FILE when a phase begins. Other environment
+variables are those of tests/end_to_end/faulty_main.py, whose traces it writes.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from peft_pretraining.cli.main import end, run_script  # noqa: E402
+from peft_pretraining.parallel.launch import read_launch  # noqa: E402
+from peft_pretraining.train import loop  # noqa: E402
+from tests.end_to_end import faulty_main  # noqa: E402
+
+script = faulty_main.script
+
+
+def announce(phase: str) -> None:
+    """Append a line to the file of phases."""
+    with open(os.environ["PHASES"], "a") as file:
+        file.write(f"{phase} {faulty_main.RANK} {os.getpid()}\n")
+
+
+def announced(phase: str, function: Callable) -> Callable:
+    """Return the function, which announces its phase when it is called."""
+
+    @functools.wraps(function)
+    def call(*arguments: object, **named: object) -> object:
+        announce(phase)
+        try:
+            return function(*arguments, **named)
+        finally:
+            if phase in ("evaluation", "saving", "exporting"):
+                announce("training")
+
+    return call
+
+
+def main() -> int:
+    """Run the script with its phases announced."""
+    announce("start-up")
+    faulty_main.put_faults_into_data()
+    script.build_optimizer = faulty_main.build_optimizer_with_trace
+    script.forward_backward = faulty_main.forward_backward_with_faults
+    data = "load_data" if hasattr(script, "load_data") else "load_images"
+    for name, phase in (
+        (data, "data"),
+        ("train", "training"),
+        ("evaluate_and_log", "evaluation"),
+        ("save", "saving"),
+        ("export", "exporting"),
+    ):
+        if hasattr(script, name):
+            setattr(script, name, announced(phase, getattr(script, name)))
+    loop.write_run_report = announced("report", loop.write_run_report)
+    code = run_script(lambda: script.main(script.parse_arguments(), read_launch()))
+    announce("exit")
+    return code
+
+
+if __name__ == "__main__":
+    end(main())
