@@ -60,9 +60,9 @@ def end(code: int) -> NoReturn:
     Args:
         code: the exit code.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()  # for instance one that writes a checkpoint
+    # As the interpreter does it: wait for threads that are not daemons, such as one that writes a
+    # checkpoint, and call what was registered.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
         sys.stdout.flush()
