@@ -7,7 +7,6 @@ import io
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -51,7 +50,7 @@ def run_script(main: Callable[..., None], *arguments: object) -> int:
 
 
 def end(code: int) -> NoReturn:
-    """End this process after everything that Python does at an exit, but without C++ destructors.
+    """End this process; under torchrun without the destructors of C++ libraries.
 
     Those of gloo's threads abort about 3 of 100 processes of a group ("terminate called without an
     active exception", torch 2.14), after all work is done. torchrun would then report a failure,
@@ -60,9 +59,16 @@ def end(code: int) -> NoReturn:
     Args:
         code: the exit code.
     """
-    # As the interpreter does it: wait for threads that are not daemons, such as one that writes a
-    # checkpoint, and call what was registered.
-    threading._shutdown()  # type: ignore[attr-defined]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # It is called when threads that are not daemons have ended, such as one that writes a
+        # checkpoint.
+        atexit.register(_leave, code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Call everything else that was registered for the exit, and end the process."""
+    atexit.unregister(_leave)
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
         sys.stdout.flush()

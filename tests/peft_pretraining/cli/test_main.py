@@ -1,5 +1,6 @@
 """A user error ends a script with one line and exit code 2."""
 
+import os
 import subprocess
 import sys
 
@@ -60,8 +61,15 @@ def test_the_end_waits_for_threads_and_runs_what_was_registered(tmp_path):
         "print('first', end=' ')\n"
         "end(7)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.split()) == (7, ["first", "saved", "registered"])
+    for environment in ({}, {"TORCHELASTIC_RUN_ID": "none"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout.split()) == (7, ["first", "saved", "registered"])
 
 
 def test_torchrun_gets_the_sentence(tmp_path, monkeypatch, capsys):
