@@ -34,9 +34,8 @@ from peft_pretraining.data.sequences import (
 )
 from peft_pretraining.data.sources.shards import Shards, read_with_retries
 from peft_pretraining.data.tokenizer import Tokenizer
-from peft_pretraining.data.workers import iterate_loader
+from peft_pretraining.data.workers import ReaderStart, iterate_loader
 from peft_pretraining.errors import UserError
-from peft_pretraining.utils.child import EndWithParent
 
 # As many as eight ranks with eight worker processes each can share. Each holds a file open.
 MAX_SUBSTREAMS = 64
@@ -393,7 +392,7 @@ def _read_in_workers(dataset: _StreamDataset, workers: int) -> Iterator[Item]:
         num_workers=workers,
         # Forked workers would inherit locked threads of the tokenizer, of Arrow and of CUDA.
         multiprocessing_context="spawn",
-        worker_init_fn=EndWithParent(),
+        worker_init_fn=ReaderStart(),
         # Without a generator torch draws a number from the global one, and a resumed run would
         # have other random numbers than an uninterrupted one.
         generator=torch.Generator(),

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.queues
+import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.utils.child import EndWithParent
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 SECONDS_FOR_EXIT_CODE = 0.2
+
+
+class ReaderStart(EndWithParent):
+    """The `worker_init_fn` of a DataLoader: ends the reader with its parent, and if it fails.
+
+    A reader that cannot hand over a batch, because shared memory (/dev/shm) is full for example,
+    would only print a traceback, and the training would wait for that batch for ever.
+    """
+
+    def __call__(self, *_: object) -> None:
+        """Prepare this process, if it is a reader."""
+        super().__call__()
+        if os.getpid() != self.parent:
+            queue: Any = multiprocessing.queues.Queue
+            queue._on_queue_feeder_error = staticmethod(_end_reader)
+
+
+def _end_reader(error: Exception, batch: object) -> None:
+    """End this process, because it could not hand over a batch."""
+    try:
+        traceback.print_exception(error)
+    finally:  # the disk of the log may be full, too
+        os._exit(1)
 
 
 def iterate_loader(loader: DataLoader, what: str, flag: str) -> Iterator:
@@ -38,8 +65,9 @@ def iterate_loader(loader: DataLoader, what: str, flag: str) -> Iterator:
         if dead is None:
             raise
         raise UserError(
-            f"A process that reads the {what} was killed ({dead}), most often because memory ran "
-            f"out; give fewer {flag}, or more memory, and continue from the last checkpoint."
+            f"A process that reads the {what} was killed ({dead}), most often because memory or "
+            f"shared memory (/dev/shm) ran out; give fewer {flag}, or more memory, and continue "
+            "from the last checkpoint."
         ) from error
 
 

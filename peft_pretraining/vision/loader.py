@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.data.shuffle import ShuffledIndices
-from peft_pretraining.data.workers import iterate_loader
+from peft_pretraining.data.workers import ReaderStart, iterate_loader
 from peft_pretraining.errors import UserError
-from peft_pretraining.utils.child import EndWithParent
 from peft_pretraining.utils.seeding import AUGMENTATION, seed_everything
 from peft_pretraining.vision.datasets import ArrayImages, FolderImages
 
@@ -209,7 +208,7 @@ def _load_batches(
         batch_sampler=indices,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=EndWithParent(),
+        worker_init_fn=ReaderStart(),
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise torch draws from the global generator
     )

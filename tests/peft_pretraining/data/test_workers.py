@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 
 import pytest
+import torch
 
-from peft_pretraining.data.workers import iterate_loader
+from peft_pretraining.data.workers import ReaderStart, iterate_loader
 from peft_pretraining.errors import UserError
 
 
@@ -58,3 +60,28 @@ def test_a_killed_worker_is_one_sentence(error):
 def test_another_error_is_not_blamed_on_a_worker():
     with pytest.raises(KeyError):
         next(iterate_loader(Loader(KeyError("a"), killed=False), "text", "--workers"))
+
+
+class FullSharedMemory(torch.utils.data.Dataset):
+    """Its reader cannot make a file in shared memory."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        return torch.zeros(4000)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_reader_that_cannot_hand_over_a_batch_is_not_waited_for(method):
+    """Before, the training waited for ever."""
+    loader = torch.utils.data.DataLoader(
+        FullSharedMemory(),
+        batch_size=None,
+        num_workers=1,
+        worker_init_fn=ReaderStart(),
+        multiprocessing_context=method,
+    )
+    with pytest.raises(UserError, match=r"exit code 1\), most often because memory or shared mem"):
+        next(iterate_loader(loader, "text", "--workers"))
