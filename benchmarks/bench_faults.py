@@ -43,7 +43,6 @@ from tests.end_to_end.common import (  # noqa: E402
     exact,
     read_lines,
     surroundings,
-    trace,
     traced,
     vit,
     write_config,
@@ -221,10 +220,23 @@ def results(run: Run) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "modules": read_lines(run.folder / "modules.jsonl"),
-        "traces": [trace(run.folder, rank) for rank in range(run.processes)],
+        "traces": [trace_of(run, rank) for rank in range(run.processes)],
         "files": json.loads((newest / "manifest.json").read_text()),
         "report": (run.folder / "report.html").exists(),
     }
+
+
+def trace_of(run: Run, rank: int) -> dict[int, Any]:
+    """Return what a rank held after each update; of updates made twice the last.
+
+    A line that a killed process was writing is left out, with the one that follows it on its line.
+    """
+    lines = {}
+    for line in Path(f"{run.folder}.trace.rank{rank}").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            lines[record.pop("update")] = record
+    return lines
 
 
 def trial(number: int, inputs: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
