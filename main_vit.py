@@ -247,7 +247,9 @@ def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
     with (
-        process_group(device_type=args.device, launch=launch) as ranks,
+        process_group(
+            device_type=args.device, launch=launch, timeout_minutes=args.timeout_minutes
+        ) as ranks,
         contextlib.ExitStack() as stack,
     ):
         # All ranks start from the same seed, so they build the same initial weights and no rank
@@ -552,10 +554,8 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         lambda wrapped: dummy_forward(wrapped, args.input_size, ranks),
     )
     statistics = BatchNormSync(model, ranks)
-    # From here on a signal ends the run after the current update, and a rank that does not answer
-    # ends it after minutes, not hours.
+    # From here on a signal ends the run after the current update.
     stop = StopRequest(ranks.launcher)
-    ranks.set_timeout(args.timeout_minutes)
     meter = ThroughputMeter(
         run.work,
         progress["update_step"],

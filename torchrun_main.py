@@ -164,7 +164,12 @@ def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
         return dry_run(args)
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
-    with process_group(args.single_cuda, launch=launch) as ranks, contextlib.ExitStack() as stack:
+    with (
+        process_group(
+            args.single_cuda, launch=launch, timeout_minutes=args.timeout_minutes
+        ) as ranks,
+        contextlib.ExitStack() as stack,
+    ):
         # All ranks start from the same seed, so they build the same initial weights and no rank
         # has to send its own to the others.
         start_logging(ranks)
@@ -460,10 +465,8 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         ranks,
         lambda wrapped: wrapped(dummy_batch, dummy_batch),
     )
-    # From here on a signal ends the run after the current update, and a rank that does not answer
-    # ends it after minutes, not hours.
+    # From here on a signal ends the run after the current update.
     stop = StopRequest(ranks.launcher)
-    ranks.set_timeout(args.timeout_minutes)
     meter = ThroughputMeter(
         run.work,
         progress["update_step"],

@@ -39,6 +39,9 @@ class AsyncAnalysis:
             if stream is None:
                 self._result.append(analyze())
                 return
+            # A new thread starts on device 0. Entering the stream would make a context there, which
+            # takes hundreds of megabytes from another rank's GPU.
+            torch.cuda.set_device(stream.device)
             with torch.cuda.stream(stream):
                 self._result.append(analyze())
 

@@ -160,7 +160,7 @@ def add_saving(group: argparse._ArgumentGroup) -> None:
         default=10.0,
         metavar="M",
         help="End the run, with the stacks of all threads in the log, if another process does not "
-        "answer for M minutes during the training (default 10).",
+        "answer for M minutes. Rank 0 may prepare data for longer (default 10).",
     )
 
 

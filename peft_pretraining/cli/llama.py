@@ -104,8 +104,17 @@ POSITIVE = (
     "keep_checkpoints",
     "keep_every",
     "fsdp_shard_size",
+    "timeout_minutes",
 )
-NOT_NEGATIVE = ("warmup_steps", "weight_decay", "workers", "grad_clipping", "min_lr_ratio", "seed")
+NOT_NEGATIVE = (
+    "warmup_steps",
+    "weight_decay",
+    "workers",
+    "grad_clipping",
+    "min_lr_ratio",
+    "seed",
+    "save_every_minutes",
+)
 
 
 EXAMPLE = """example:

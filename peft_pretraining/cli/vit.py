@@ -106,8 +106,10 @@ POSITIVE = (
     "log_every",
     "unbalancedWD_every",
     "max_skipped_updates",
+    "timeout_minutes",
 )
 NOT_NEGATIVE = (
+    "save_every_minutes",
     "weight_decay",
     "weight_decay_end",
     "min_lr",

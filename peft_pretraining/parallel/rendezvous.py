@@ -6,11 +6,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-# Until the training begins, ranks wait in a collective while rank 0 tokenizes a corpus.
-INIT_TIMEOUT = timedelta(hours=2)
+
+class HungRank(RuntimeError):
+    """Another process of the run did not answer in time."""
 
 
-def new_store_namespace(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+def new_store_namespace(
+    store: dist.Store, rank: int, world_size: int, timeout: timedelta
+) -> dist.Store:
     """Return a part of the store that no previous attempt of the run has written to.
 
     Processes that torchrun restarts find the store with the keys of the previous attempt, and would
@@ -25,9 +28,10 @@ def new_store_namespace(store: dist.Store, rank: int, world_size: int) -> dist.S
         store: The store of torchrun.
         rank: The rank of this process.
         world_size: The number of ranks.
+        timeout: How long rank 0 waits for the others. They wait as long as the store allows.
 
     Raises:
-        TimeoutError: A rank did not arrive within INIT_TIMEOUT.
+        HungRank: A rank did not arrive in time.
     """
     own_id = uuid.uuid4().hex
     if rank > 0:
@@ -35,7 +39,7 @@ def new_store_namespace(store: dist.Store, rank: int, world_size: int) -> dist.S
         prefix = store.get(f"answer to {own_id}").decode()  # waits until it is set
         store.set(f"{prefix} reached {rank}", "")
         return dist.PrefixStore(prefix, store)
-    deadline = time.monotonic() + INIT_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     missing = list(range(1, world_size))
     while missing:
         for other in missing:
@@ -45,6 +49,6 @@ def new_store_namespace(store: dist.Store, rank: int, world_size: int) -> dist.S
                 store.set(f"answer to {store.get(f'asks {other}').decode()}", own_id)
         missing = [other for other in missing if not store.check([f"{own_id} reached {other}"])]
         if missing and time.monotonic() > deadline:
-            raise TimeoutError(f"rank {missing[0]} did not arrive within {INIT_TIMEOUT}")
+            raise HungRank(f"rank {missing[0]} did not arrive within {timeout}")
         time.sleep(0.01)
     return dist.PrefixStore(own_id, store)

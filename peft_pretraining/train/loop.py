@@ -1,10 +1,8 @@
 """Parts of both training loops: the next batch, a graceful stop, the summary of a run."""
 
 import contextlib
-import faulthandler
 import gc
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from loguru import logger
 
 from peft_pretraining.checkpoint.save import Checkpoints
 from peft_pretraining.errors import UserError
-from peft_pretraining.parallel.process_group import DistributedContext
+from peft_pretraining.parallel.process_group import DistributedContext, is_timeout
 from peft_pretraining.records.run_log import RunLog
 from peft_pretraining.train.signals import StopRequest
 from peft_pretraining.train.throughput import ThroughputMeter
@@ -146,30 +144,14 @@ def saved_on_failure(
     try:
         yield
     except Exception as error:
-        if ranks.world_size > 1 and is_timeout(error):
-            # What this rank waited for tells where the other one is.
-            logger.opt(exception=error).error("another process does not answer")
-            sys.stderr.flush()
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-            raise UserError(
-                "another process did not answer within --timeout_minutes; the stacks of all "
-                "threads of this one are above; look for a process that hangs, for instance in a "
-                "file system, and start the same command again, which goes on from the last "
-                "checkpoint"
-            ) from error
-        if state.unsaved and ranks.all_failed():
+        hung = ranks.world_size > 1 and is_timeout(error)
+        if state.unsaved and not hung and ranks.all_failed():
             try:
                 state.save()
                 checkpoints.finish()
             except Exception as other:
                 logger.warning(f"the state after the last whole update could not be saved: {other}")
         raise
-
-
-def is_timeout(error: Exception) -> bool:
-    """Return whether an error of torch.distributed means that another rank did not answer."""
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
 
 
 def stop_early(stop_reason: Exception, update: int, log: RunLog, advice: str) -> None:

@@ -145,17 +145,18 @@ def test_missing_arguments_are_refused_in_a_sentence(words, names):
     )
 
 
-def test_restarted_processes_ignore_what_an_earlier_start_left_behind(monkeypatch):
+def test_restarted_processes_ignore_what_an_earlier_start_left_behind():
     """A restarted rank does not take questions and answers of an earlier start for new ones."""
-    monkeypatch.setattr(rendezvous, "INIT_TIMEOUT", timedelta(seconds=20))
     store = dist.HashStore()
+
+    def join(rank):
+        return rendezvous.new_store_namespace(store, rank, 3, timedelta(seconds=20))
+
     with ThreadPoolExecutor() as threads:
         for life, order in enumerate([(0, 2, 1), (0, 2, 1), (1, 2, 0)]):
-            first = threads.submit(rendezvous.new_store_namespace, store, order[0], 3)
+            first = threads.submit(join, order[0])
             time.sleep(0.05)  # rank 0 has answered the dead
-            others = [
-                threads.submit(rendezvous.new_store_namespace, store, rank, 3) for rank in order[1:]
-            ]
+            others = [threads.submit(join, rank) for rank in order[1:]]
             parts = [part.result() for part in (first, *others)]
             assert not any(part.check(["address"]) for part in parts)
             parts[0].set("address", str(life))

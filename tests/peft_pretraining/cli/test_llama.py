@@ -186,6 +186,8 @@ def test_max_train_tokens(monkeypatch):
         ("--scheduler cosine_restarts", "needs --cycle_length"),
         ("--weight_decay -1", "--weight_decay -1.0: it must be 0 or more"),
         ("--tags " + "x" * 65, "tags of at most 64 characters"),
+        ("--timeout_minutes 0", "--timeout_minutes 0.0: it must be above 0"),
+        ("--save_every_minutes -1", "--save_every_minutes -1.0: it must be 0 or more"),
         ("--keep_checkpoints 0", "--keep_checkpoints 0: it must be above 0"),
         (
             "--keep_every 100",

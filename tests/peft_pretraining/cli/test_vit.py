@@ -21,6 +21,8 @@ from tests.support.vision import arguments
         ("--reprob 1.5", "--reprob 1.5: it must be from 0 to 1"),
         ("--model_kwargs patch_size", "'patch_size' is not KEY=VALUE"),
         ("--min_lr 1", "--min_lr 1 is above --lr"),
+        ("--timeout_minutes 0", "--timeout_minutes 0.0: it must be above 0"),
+        ("--save_every_minutes -1", "--save_every_minutes -1.0: it must be 0 or more"),
     ],
 )
 def test_contradicting_flags_are_refused(flags, expected):

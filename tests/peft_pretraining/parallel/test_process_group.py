@@ -4,13 +4,18 @@ import multiprocessing
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.parallel import process_group as module
 from peft_pretraining.parallel.launch import Launch
 from peft_pretraining.parallel.process_group import DistributedContext, process_group
+from peft_pretraining.parallel.rendezvous import HungRank
 from tests.support.launch import set_launch
 
 CPU = torch.device("cpu")
@@ -22,7 +27,7 @@ def test_one_process_needs_no_group():
     ranks.barrier()
     assert ranks.is_main and ranks.sum(values) is values and values.tolist() == [1.0, 2.0]
     assert ranks.gather_objects("a") == ["a"] and ranks.broadcast_object("a") == "a"
-    if True:
+    with ranks.rank_zero_first():
         pass
     ranks.raise_together(None)
     with pytest.raises(UserError, match="^a problem$"):
@@ -70,6 +75,56 @@ def test_more_processes_than_gpus(monkeypatch):
     with pytest.raises(UserError, match="process 2 of this node .* --nproc_per_node=2"):
         with process_group(launch=Launch(2, 2, 4)):
             pass
+
+
+def in_group(store, rank, seconds=0.4):
+    return DistributedContext(rank, rank, 2, CPU, store=store, timeout=timedelta(seconds=seconds))
+
+
+def test_rank_0_may_work_for_longer_than_the_timeout(monkeypatch):
+    """It shows that it is alive; a rank that hangs does not."""
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.05)
+    store, order = HashStore(), []
+
+    def wait():
+        with in_group(store, 1).rank_zero_first():
+            order.append("rank 1")
+
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(wait)
+        with in_group(store, 0).rank_zero_first():
+            time.sleep(1.0)
+            order.append("rank 0")
+        waiting.result(timeout=10)
+    assert order == ["rank 0", "rank 1"]
+    with pytest.raises(HungRank, match="rank 0 did not show that it is alive"):
+        with in_group(HashStore(), 1).rank_zero_first():
+            pass
+
+
+def test_every_block_of_rank_0_is_waited_for():
+    store = HashStore()
+    first, second = in_group(store, 0), in_group(store, 1)
+    with first.rank_zero_first():
+        pass
+    with second.rank_zero_first():
+        pass
+    with pytest.raises(HungRank), second.rank_zero_first():
+        pass
+
+
+def test_a_process_that_does_not_arrive_is_one_sentence(monkeypatch, capfd):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="did not answer within --timeout_minutes 0.01; the stacks"):
+        with process_group(device_type="cpu", launch=Launch(0, 0, 2), timeout_minutes=0.01):
+            pass
+    assert "most recent call first" in capfd.readouterr().err
 
 
 def run_rank(rank, port, results):

@@ -50,6 +50,13 @@ def labelled(tmp_path, *runs):
             [("same", {"model_config": "configs/x.json"}, ""), ("same", {}, "")],
             ["x", "llama_9m"],
         ),
+        (
+            [
+                ("same", {"save_every_minutes": 5.0, "timeout_minutes": 10.0, "zeta": 1}, ""),
+                ("same", {"save_every_minutes": 9.0, "timeout_minutes": 30.0, "zeta": 2}, ""),
+            ],
+            ["zeta 1", "zeta 2"],
+        ),
         # Other settings are named only as far as they are needed.
         (
             [
