@@ -544,6 +544,8 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     training, schedule, checkpoints, log = run.training, run.schedule, run.checkpoints, run.log
     model, optimizer = training.model, training.optimizer
     criterion, mixup = loss_and_mixup(args)
+    # From here on a signal ends the run after the current update.
+    stop = StopRequest(ranks.launcher)
     guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
     # DistributedDataParallel orders its gradient buckets in its first pass. A pass on a dummy batch
     # makes the order the same in new and in resumed runs, and with it the rounding of the sums.
@@ -554,8 +556,6 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         lambda wrapped: dummy_forward(wrapped, args.input_size, ranks),
     )
     statistics = BatchNormSync(model, ranks)
-    # From here on a signal ends the run after the current update.
-    stop = StopRequest(ranks.launcher)
     meter = ThroughputMeter(
         run.work,
         progress["update_step"],

@@ -455,6 +455,8 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     """Make the remaining updates, with evaluations and checkpoints, and write the summary."""
     model, optimizer, checkpoints, log = run.model, run.optimizer, run.checkpoints, run.log
     autocast = autocast_context(args, ranks)
+    # From here on a signal ends the run after the current update.
+    stop = StopRequest(ranks.launcher)
     guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
     # DistributedDataParallel orders its gradient buckets in its first pass. A pass on a dummy batch
     # makes the order the same in new and in resumed runs, and with it the rounding of the sums.
@@ -465,8 +467,6 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
         ranks,
         lambda wrapped: wrapped(dummy_batch, dummy_batch),
     )
-    # From here on a signal ends the run after the current update.
-    stop = StopRequest(ranks.launcher)
     meter = ThroughputMeter(
         run.work,
         progress["update_step"],

@@ -4,8 +4,11 @@ PHASES=FILE: each rank appends `phase rank pid` to FILE when a phase begins. Oth
 variables are those of tests/end_to_end/faulty_main.py, whose traces it writes.
 """
 
+import contextlib
+import faulthandler
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,7 @@ script = faulty_main.script
 
 def announce(phase: str) -> None:
     """Append a line to the file of phases."""
-    with open(os.environ["PHASES"], "a") as file:
+    with contextlib.suppress(OSError), open(os.environ["PHASES"], "a") as file:
         file.write(f"{phase} {faulty_main.RANK} {os.getpid()}\n")
 
 
@@ -43,6 +46,7 @@ def announced(phase: str, function: Callable) -> Callable:
 
 def main() -> int:
     """Run the script with its phases announced."""
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # for a look at a process that hangs
     announce("start-up")
     faulty_main.put_faults_into_data()
     script.build_optimizer = faulty_main.build_optimizer_with_trace

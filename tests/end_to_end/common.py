@@ -209,7 +209,8 @@ def traced(folder, **more):
 
 def trace(folder, rank=0):
     """What a rank held after each update; of updates made twice the last."""
-    return {line.pop("update"): line for line in read_lines(f"{folder}.trace.rank{rank}")}
+    lines = map(json.loads, Path(f"{folder}.trace.rank{rank}").read_text().split())
+    return {line.pop("update"): line for line in lines}
 
 
 def comparable(folder, final=FINAL):

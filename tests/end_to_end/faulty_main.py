@@ -16,6 +16,7 @@ Environment variables control it:
 * `FAULT_ONCE=FILE`: cause the fault only if FILE does not exist, and create it.
 """
 
+import contextlib
 import hashlib
 import importlib
 import itertools
@@ -147,8 +148,10 @@ def write_trace(optimizer, *_) -> None:
     }
     if "TRACE_RANDOM" in os.environ:
         line["random"] = digest([torch.get_rng_state()])
-    with open(f"{os.environ['TRACE']}.rank{RANK}", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    # A full disk is the program's problem, not this file's. The first newline ends a line that a
+    # killed process has left half written.
+    with contextlib.suppress(OSError), open(f"{os.environ['TRACE']}.rank{RANK}", "a") as file:
+        file.write(f"\n{json.dumps(line, separators=(',', ':'))}\n")
 
 
 def digest(tensors: list[torch.Tensor]) -> str:
