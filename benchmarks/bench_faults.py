@@ -35,7 +35,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -136,10 +135,8 @@ class Run:
     def wait_for(self, phase: str) -> list[int]:
         """Return the process numbers of the ranks when a phase begins; [] if the run ends first."""
         while self.process.poll() is None:
-            if self.phases.exists():
-                lines = [line.split() for line in self.phases.read_text().splitlines()]
-                if any(line[0] == phase for line in lines):
-                    return sorted({int(line[-1]) for line in lines})
+            if any(line[0] == phase for line in self.announced()):
+                return self.ranks()
             time.sleep(0.005)
         return []
 
@@ -152,11 +149,11 @@ class Run:
                 self.continued = self.continue_stopped()
         code = self.process.poll()
         deadline = time.monotonic() + SECONDS_FOR_ORPHANS
-        while living(self.mark) and time.monotonic() < deadline:
+        while self.living() and time.monotonic() < deadline:
             time.sleep(0.05)
-        left = living(self.mark)
+        left = self.living()
         for pid in left:
-            if MAIN.encode() in words_of(pid):
+            if pid in self.ranks():
                 send(pid, signal.SIGQUIT)  # it writes the stacks of its threads to the log
                 time.sleep(1)
         for pid in left:
@@ -165,9 +162,34 @@ class Run:
             fork_server.kill(pid)
         return None if left else code
 
+    def living(self) -> list[int]:
+        """Return the processes of the run that have not ended.
+
+        The ranks, which are forks, have announced their numbers. All others have a mark in their
+        environment.
+        """
+        found = [self.process.pid, *self.ranks()]
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                    found.append(int(entry))
+        return [pid for pid in dict.fromkeys(found) if state_of(pid) not in ("", "Z")]
+
+    def announced(self) -> list[list[str]]:
+        """Return what the ranks have announced: phase, rank, process number."""
+        return (
+            [x.split() for x in self.phases.read_text().splitlines()]
+            if self.phases.exists()
+            else []
+        )
+
+    def ranks(self) -> list[int]:
+        """Return the process numbers of the ranks that have begun."""
+        return sorted({int(line[-1]) for line in self.announced()})
+
     def continue_stopped(self) -> bool:
         """Let stopped processes of the run go on. Return whether there was one."""
-        stopped = [pid for pid in living(self.mark) if state_of(pid) == "T"]
+        stopped = [pid for pid in self.living() if state_of(pid) == "T"]
         for pid in stopped:
             send(pid, signal.SIGCONT)
         return bool(stopped)
@@ -181,66 +203,6 @@ class Run:
         """Return the update of the newest complete checkpoint; 0 if there is none."""
         found = self.folder.glob("checkpoints/model_*[0-9]/manifest.json")
         return max((int(path.parent.name.removeprefix("model_")) for path in found), default=0)
-
-
-def living(mark: str) -> list[int]:
-    """Return the processes that have a text in their environment."""
-    found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            if entry.isdigit() and mark.encode() in Path(f"/proc/{entry}/environ").read_bytes():
-                found.append(int(entry))
-    return found
-
-
-def is_possible(fault: str, setting: str) -> bool:
-    """Return whether a run of a setting can have a fault."""
-    script, processes, flags = SETTINGS[setting]
-    if "torchrun" in fault or fault == "stop a rank":  # nothing notices that one process stops
-        return processes > 1
-    return fault != "kill a reader" or script == "main_vit" or "--stream" in flags
-
-
-def cause(fault: str, run: Run, ranks: list[int], rng: random.Random) -> bool:
-    """Cause a fault. Return False if the run has nothing that it could hit."""
-    rank = rng.choice(ranks)
-    what, _, target = fault.partition(" to ")
-    if target or fault == "kill torchrun":
-        pid = run.process.pid if "torchrun" in fault else rank
-        send(pid, getattr(signal, what) if target else signal.SIGKILL)
-    elif fault == "kill a rank":
-        send(rank, signal.SIGKILL)
-    elif fault == "kill all":
-        for pid in (*fork_server.descendants(run.process.pid), run.process.pid):
-            send(pid, signal.SIGKILL)
-    elif fault in ("kill a reader", "kill W&B"):
-        words = (b"spawn_main", b"pt_data_worker") if "reader" in fault else (b"wandb",)
-        pids = [pid for parent in ranks for pid in fork_server.descendants(parent)]
-        pids = [pid for pid in pids if any(word in words_of(pid) for word in words)]
-        if not pids:
-            return False
-        send(rng.choice(pids), signal.SIGKILL)
-    elif fault == "stop a rank":
-        send(rank, signal.SIGSTOP)
-    elif fault == "slow":
-        send(rank, signal.SIGSTOP)
-        time.sleep(2)
-        send(rank, signal.SIGCONT)
-    elif fault == "full disk":
-        for pid in ranks:
-            with contextlib.suppress(OSError):
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-    elif fault == "folder gone":
-        if not run.folder.exists():
-            return False
-        run.folder.rename(run.folder.with_suffix(".gone"))
-    return True
-
-
-def send(pid: int, number: signal.Signals) -> None:
-    """Send a signal to a process that may have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def state_of(pid: int) -> str:
@@ -314,7 +276,7 @@ def trial(
     wandb = "offline" if fault == "kill W&B" else rng.choice(("offline", "disabled"))
     run = Run(inputs, setting, f"trial{number}", wandb)
     ranks = run.wait_for(phase)
-    time.sleep(rng.random() * {"start-up": 1.0, "data": 0.5, "training": 1.5}.get(phase, 0.05))
+    time.sleep(rng.random() * {"start-up": 1.0, "data": 1.0, "training": 1.0}.get(phase, 0.05))
     hit = bool(ranks) and run.process.poll() is None and cause(fault, run, ranks, rng)
     code = run.finish()
     if not hit:

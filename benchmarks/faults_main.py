@@ -7,6 +7,7 @@ variables are those of tests/end_to_end/faulty_main.py, whose traces it writes.
 import contextlib
 import faulthandler
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -44,17 +45,29 @@ def announced(phase: str, function: Callable) -> Callable:
     return call
 
 
+def announced_once(phase: str, function: Callable) -> Callable:
+    """Return the function, which announces its phase when it is called for the first time."""
+    calls = itertools.count()
+
+    @functools.wraps(function)
+    def call(*arguments: object, **named: object) -> object:
+        if next(calls) == 0:
+            announce(phase)
+        return function(*arguments, **named)
+
+    return call
+
+
 def main() -> int:
     """Run the script with its phases announced."""
     faulthandler.register(signal.SIGQUIT, all_threads=True)  # for a look at a process that hangs
     announce("start-up")
     faulty_main.put_faults_into_data()
     script.build_optimizer = faulty_main.build_optimizer_with_trace
-    script.forward_backward = faulty_main.forward_backward_with_faults
+    script.forward_backward = announced_once("training", script.forward_backward)
     data = "load_data" if hasattr(script, "load_data") else "load_images"
     for name, phase in (
         (data, "data"),
-        ("train", "training"),
         ("evaluate_and_log", "evaluation"),
         ("save", "saving"),
         ("export", "exporting"),
