@@ -177,11 +177,9 @@ class Run:
 
     def announced(self) -> list[list[str]]:
         """Return what the ranks have announced: phase, rank, process number."""
-        return (
-            [x.split() for x in self.phases.read_text().splitlines()]
-            if self.phases.exists()
-            else []
-        )
+        with contextlib.suppress(FileNotFoundError):
+            return [line.split() for line in self.phases.read_text().splitlines()]
+        return []
 
     def ranks(self) -> list[int]:
         """Return the process numbers of the ranks that have begun."""
@@ -203,6 +201,56 @@ class Run:
         """Return the update of the newest complete checkpoint; 0 if there is none."""
         found = self.folder.glob("checkpoints/model_*[0-9]/manifest.json")
         return max((int(path.parent.name.removeprefix("model_")) for path in found), default=0)
+
+
+def is_possible(fault: str, setting: str) -> bool:
+    """Return whether a run of a setting can have a fault."""
+    script, processes, flags = SETTINGS[setting]
+    if "torchrun" in fault or fault == "stop a rank":  # nothing notices that one process stops
+        return processes > 1
+    return fault != "kill a reader" or script == "main_vit" or "--stream" in flags
+
+
+def cause(fault: str, run: Run, ranks: list[int], rng: random.Random) -> bool:
+    """Cause a fault. Return False if the run has nothing that it could hit."""
+    rank = rng.choice(ranks)
+    what, _, target = fault.partition(" to ")
+    if target or fault == "kill torchrun":
+        pid = run.process.pid if "torchrun" in fault else rank
+        send(pid, getattr(signal, what) if target else signal.SIGKILL)
+    elif fault == "kill a rank":
+        send(rank, signal.SIGKILL)
+    elif fault == "kill all":
+        for pid in (*fork_server.descendants(run.process.pid), run.process.pid):
+            send(pid, signal.SIGKILL)
+    elif fault in ("kill a reader", "kill W&B"):
+        words = (b"spawn_main", b"pt_data_worker") if "reader" in fault else (b"wandb",)
+        pids = [pid for parent in ranks for pid in fork_server.descendants(parent)]
+        pids = [pid for pid in pids if any(word in words_of(pid) for word in words)]
+        if not pids:
+            return False
+        send(rng.choice(pids), signal.SIGKILL)
+    elif fault == "stop a rank":
+        send(rank, signal.SIGSTOP)
+    elif fault == "slow":
+        send(rank, signal.SIGSTOP)
+        time.sleep(2)
+        send(rank, signal.SIGCONT)
+    elif fault == "full disk":
+        for pid in ranks:
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    elif fault == "folder gone":
+        if not run.folder.exists():
+            return False
+        run.folder.rename(run.folder.with_suffix(".gone"))
+    return True
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def state_of(pid: int) -> str:
