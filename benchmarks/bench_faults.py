@@ -35,6 +35,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
