@@ -63,7 +63,7 @@ from torch.optim import Optimizer
 from alphadecay import AlphaDecay
 from alphadecay.param_groups import split_hidden
 from peft_pretraining.checkpoint.find import find_checkpoint
-from peft_pretraining.checkpoint.format import WEIGHTS, step_of
+from peft_pretraining.checkpoint.format import WEIGHTS
 from peft_pretraining.checkpoint.random_state import seed_random_generators
 from peft_pretraining.checkpoint.retention import tidy
 from peft_pretraining.checkpoint.save import Checkpoints
@@ -93,6 +93,7 @@ from peft_pretraining.train.profiler import profiled
 from peft_pretraining.train.resume import (
     check_same_settings,
     describe_start,
+    has_finished,
     resolve_checkpoint,
     resume,
     truncate_records_after,
@@ -282,7 +283,8 @@ def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
             check_same_settings(checkpoint, run_folder, vars(args), names)
         if checkpoint and ranks.is_main:
             tidy(run_folder, checkpoint, args.save_ckpt_num, None)
-        if checkpoint and args.continue_from == "auto" and step_of(checkpoint) >= schedule.total:
+        own = args.continue_from == "auto"
+        if checkpoint and own and has_finished(checkpoint, schedule.total):
             logger.info(f"{run_folder} has made all {schedule.total} updates: nothing to do")
             if ranks.is_main:
                 # The run may have been killed after its last update and before its report.
@@ -571,6 +573,12 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     state = SavePoint(progress, functools.partial(save, args, run, meter, statistics))
     updates = range(progress["update_step"] + 1, schedule.total + 1)
     with saved_on_failure(state, checkpoints, ranks):
+        if progress.get("evaluation_due"):
+            # The earlier process ended between its last update and the evaluation of that update.
+            with meter.exclude():
+                best = evaluate_and_log(args, run, progress, schedule, ranks)
+                state.reach(best=best, evaluation_due=False)
+                state.save()
         for update in profiled(updates, args.profile, log.folder, ranks):
             # 1. Data. All ranks agree here whether to go on: a signal, an image that cannot be read
             #    or a failed save on one rank must stop all of them at the same update. They also
@@ -629,11 +637,6 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             if training.ema:
                 # After a skipped update the average moves once more towards the same weights.
                 training.ema.update(model)
-            images_seen = state.progress["images_seen"] + args.total_batch_size
-            state.reach(update_step=update, images_seen=images_seen)
-
-            # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read
-            #    in logged updates only.
             epochs, updates_in_epoch = divmod(update, schedule.epoch)
             ends_epoch = updates_in_epoch == 0
             last = update == schedule.total
@@ -644,6 +647,11 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
                 or (ends_epoch and epochs % args.save_ckpt_freq == 0)
                 or (args.save_every and update % args.save_every == 0)
             )
+            images_seen = state.progress["images_seen"] + args.total_batch_size
+            state.reach(update_step=update, images_seen=images_seen, evaluation_due=evaluates)
+
+            # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read
+            #    in logged updates only.
             if logs or update == 1:
                 guard.resolve_pending()
                 record = {
@@ -661,7 +669,8 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             # 10. Evaluate and save. Neither counts as training time.
             if evaluates:
                 with meter.exclude():
-                    state.reach(best=evaluate_and_log(args, run, state.progress, last, ranks))
+                    best = evaluate_and_log(args, run, state.progress, schedule, ranks)
+                    state.reach(best=best, evaluation_due=False)
             if saves:
                 with meter.exclude():
                     state.save()
@@ -766,7 +775,11 @@ def evaluate_only(args: argparse.Namespace, data: ImageData, ranks: DistributedC
 
 
 def evaluate_and_log(
-    args: argparse.Namespace, run: Run, progress: dict, last: bool, ranks: DistributedContext
+    args: argparse.Namespace,
+    run: Run,
+    progress: dict,
+    schedule: Schedule,
+    ranks: DistributedContext,
 ) -> dict:
     """Evaluate the model and its moving average, and export each that is the best so far.
 
@@ -790,7 +803,7 @@ def evaluate_and_log(
             "update_step": update,
             **record,
             "eval_seconds": time.perf_counter() - start,
-            "final": last,
+            "final": update == schedule.total,
         }
     )
     best = dict(best)

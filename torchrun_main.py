@@ -101,6 +101,7 @@ from peft_pretraining.train.profiler import profiled
 from peft_pretraining.train.resume import (
     check_same_settings,
     describe_start,
+    has_finished,
     resolve_checkpoint,
     resume,
     saved_argument,
@@ -193,9 +194,9 @@ def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
             check_same_settings(checkpoint, run_folder, vars(args), names)
         if checkpoint and ranks.is_main:
             tidy(run_folder, checkpoint, args.keep_checkpoints, args.keep_every)
-        done = step_of(checkpoint) if checkpoint else 0
-        if done >= args.num_training_steps and args.continue_from == "auto":
-            logger.info(f"{run_folder} has made all {done} updates: nothing to do")
+        total, own = args.num_training_steps, args.continue_from == "auto"
+        if checkpoint and own and has_finished(checkpoint, total):
+            logger.info(f"{run_folder} has made all {step_of(checkpoint)} updates: nothing to do")
             if ranks.is_main:
                 # The run may have been killed after its last update and before its report.
                 write_run_report(run_folder)
@@ -496,6 +497,12 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     state = SavePoint(progress, functools.partial(save, args, run, ranks, meter))
     updates = range(progress["update_step"] + 1, args.num_training_steps + 1)
     with saved_on_failure(state, checkpoints, ranks):
+        if progress.get("evaluation_due"):
+            # The earlier process ended between its last update and the evaluation of that update.
+            with meter.exclude():
+                evaluate_and_log(args, run, progress["update_step"], autocast, ranks)
+                state.reach(evaluation_due=False)
+                state.save()
         for update in profiled(updates, args.profile, log.folder, ranks):
             # 1. Data. All ranks agree here whether to go on: a signal, data that cannot be read or
             #    a failed save on one rank must stop all of them at the same update. They also agree
@@ -556,16 +563,21 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             optimizer.step()
             optimizer.zero_grad()
             log.advance()
-            tokens_seen = state.progress["tokens_seen"] + tokens
-            state.reach(update_step=update, tokens_seen=tokens_seen, position=step.position)
-
-            # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read
-            #    in logged updates only.
             last = update == args.num_training_steps
             logs, evaluates, saves = (
                 last or update % every == 0
                 for every in (args.log_every, args.eval_every, args.save_every)
             )
+            tokens_seen = state.progress["tokens_seen"] + tokens
+            state.reach(
+                update_step=update,
+                tokens_seen=tokens_seen,
+                position=step.position,
+                evaluation_due=evaluates,
+            )
+
+            # 9. Log. Loss and norm are the only numbers that the host waits for, so they are read
+            #    in logged updates only.
             if logs or update == 1:
                 guard.resolve_pending()
                 record = {
@@ -583,6 +595,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             if evaluates:
                 with meter.exclude():
                     evaluate_and_log(args, run, update, autocast, ranks)
+                    state.reach(evaluation_due=False)
             if saves:
                 with meter.exclude():
                     state.save()

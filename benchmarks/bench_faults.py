@@ -350,6 +350,9 @@ def trial(
         if code == 0 and again.saved() == again.last_update:
             break
     outcome["result"] = judge(again, code, wanted[setting])
+    if outcome["result"] == "different":
+        found = results(again)
+        outcome["differs"] = [name for name in found if found[name] != wanted[setting][name]]
     outcome["seconds"] = round(time.monotonic() - begun, 1)
     if outcome["result"] != "exact" or not outcome.get("saved", True):
         shutil.copy(again.log, logs / f"{number} {setting}, {phase}, {fault}.log")

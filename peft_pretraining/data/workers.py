@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 SECONDS_FOR_EXIT_CODE = 0.2
+# Batch systems, torchrun and terminals send these to all processes of a run, readers included.
+SIGNALS_OF_THE_RUN = {
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+}
 
 
 class ReaderStart(EndWithParent):
@@ -25,14 +34,27 @@ class ReaderStart(EndWithParent):
 
     A reader that cannot hand over a batch, because shared memory (/dev/shm) is full for example,
     would only print a traceback, and the training would wait for that batch for ever.
+
+    A signal that asks the run to stop does not end the reader: its parent finishes the update or
+    the evaluation, for which it needs the data, and ends the reader itself.
     """
 
     def __call__(self, *_: object) -> None:
         """Prepare this process, if it is a reader."""
         super().__call__()
-        if os.getpid() != self.parent:
-            queue: Any = multiprocessing.queues.Queue
-            queue._on_queue_feeder_error = staticmethod(_end_reader)
+        if os.getpid() == self.parent:
+            return
+        queue: Any = multiprocessing.queues.Queue
+        queue._on_queue_feeder_error = staticmethod(_end_reader)
+        if hasattr(signal, "sigwaitinfo"):  # not on macOS
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_RUN)
+            threading.Thread(target=self._obey_parent, name="signals", daemon=True).start()
+
+    def _obey_parent(self) -> None:
+        """End this process if its parent sends a signal, and ignore those of other processes."""
+        while signal.sigwaitinfo(SIGNALS_OF_THE_RUN).si_pid != self.parent:
+            pass
+        os._exit(0)
 
 
 def _end_reader(error: Exception, batch: object) -> None:
@@ -54,7 +76,7 @@ def iterate_loader(loader: DataLoader, what: str, flag: str) -> Iterator:
     Raises:
         UserError: A worker process was killed.
     """
-    with _preserve_sigchld_handler():
+    with _preserve_sigchld_handler(), _signals_blocked():
         items = iter(loader)
     try:
         yield from items
@@ -79,6 +101,22 @@ def _first_dead_worker(items: object) -> str | None:
         if worker.exitcode:
             return f"process {worker.pid}, exit code {worker.exitcode}"
     return None
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block signals to the run while readers are started, which inherit that.
+
+    Otherwise a signal would end a reader that still imports torch.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_RUN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

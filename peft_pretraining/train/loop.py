@@ -97,7 +97,8 @@ class SavePoint:
     """The state after the last whole update, and whether a checkpoint has it.
 
     Args:
-        progress: how far the run is: `update_step` and other counters.
+        progress: how far the run is: `update_step` and other counters, and `evaluation_due`, which
+            is True between an update and its evaluation.
         save: starts to save a checkpoint, given the progress and whether it is temporary.
 
     Attributes:
@@ -108,23 +109,23 @@ class SavePoint:
 
     def __init__(self, progress: dict[str, Any], save: Callable[[dict[str, Any], bool], None]):
         self.progress, self.whole = progress, True
-        self._save, self._saved = save, progress["update_step"]
+        self._save, self._saved = save, progress
 
     def reach(self, **progress: Any) -> None:
-        """Note that an update is complete, and how far the run is now."""
+        """Note that an update or its evaluation is complete, and how far the run is now."""
         self.progress = self.progress | progress
         self.whole = True
 
     @property
     def unsaved(self) -> bool:
         """Whether the state is whole and no checkpoint has it."""
-        return self.whole and self._saved < self.progress["update_step"]
+        return self.whole and self._saved != self.progress
 
     def save(self, temporary: bool = False) -> None:
         """Start to save the state, if it is whole and no checkpoint has it. All ranks call this."""
         if self.unsaved:
             self._save(self.progress, temporary)
-            self._saved = self.progress["update_step"]
+            self._saved = self.progress
 
 
 @contextlib.contextmanager

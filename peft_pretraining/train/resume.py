@@ -119,7 +119,7 @@ def resume(
                 f"--{name} is {arguments[name]}, was {value} in the checkpoint: the run will not "
                 "be the one it continues"
             )
-    if step >= total_updates:
+    if has_finished(checkpoint, total_updates):
         raise UserError(
             f"{checkpoint} has made all {total_updates} updates already: give more "
             "--num_training_steps or --epochs"
@@ -163,6 +163,17 @@ def check_same_settings(
             f"{what} was made with other settings ({'; '.join(changed)}): give --name NEW for "
             "another run, or --continue_from auto to continue this one with the new settings"
         )
+
+
+def has_finished(checkpoint: Path, total_updates: int) -> bool:
+    """Return whether the run that wrote a checkpoint had nothing left to do.
+
+    Args:
+        checkpoint: folder of a checkpoint that `find_checkpoint` has verified.
+        total_updates: updates of the whole run.
+    """
+    progress = json.loads((checkpoint / TRAINER).read_text(encoding="utf8"))["progress"]
+    return step_of(checkpoint) >= total_updates and not progress.get("evaluation_due")
 
 
 def saved_argument(checkpoint: Path, name: str) -> Any:

@@ -11,6 +11,7 @@ Environment variables control it:
     * `data`: there is no batch,
     * `slow`: the update takes a minute,
     * `raise`: an exception that nobody expects,
+    * `evaluate`: the same in the evaluation after that update,
     * `SIGTERM` or any other signal; `SIGTERM>agent` sends it to torchrun, `SIGKILL>wandb` to W&B's
       helper process, `SIGKILL>reader` to a process that reads data.
 * `FAULT_ONCE=FILE`: cause the fault only if FILE does not exist, and create it.
@@ -36,10 +37,11 @@ from tests.support.fork_server import descendants
 
 RANK = int(os.environ.get("RANK", 0))
 script = importlib.import_module(os.environ.get("SCRIPT", "torchrun_main"))
-forward_backward, build_optimizer, build_model = (
+forward_backward, build_optimizer, build_model, evaluate = (
     script.forward_backward,
     script.build_optimizer,
     script.build_model,
+    script.evaluate,
 )
 now = {"update": None, "nan": False}
 
@@ -120,6 +122,12 @@ def forward_backward_with_faults(*arguments):
     return forward_backward(*arguments)
 
 
+def evaluate_with_faults(*arguments):
+    if fault("evaluate", now["update"]):
+        raise LookupError("an exception that nobody expects")
+    return evaluate(*arguments)
+
+
 def build_model_with_faults(*arguments):
     model = build_model(*arguments)
     next(model.parameters()).register_hook(
@@ -167,5 +175,6 @@ if __name__ == "__main__":
     put_faults_into_data()
     script.forward_backward = forward_backward_with_faults
     script.build_model = build_model_with_faults
+    script.evaluate = evaluate_with_faults
     script.build_optimizer = build_optimizer_with_trace
     end(run_script(lambda: script.main(script.parse_arguments(), read_launch())))

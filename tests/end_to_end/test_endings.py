@@ -10,6 +10,7 @@ from tests.end_to_end.common import (
     FAULTY,
     ROOT,
     command,
+    comparable,
     exact,
     read_lines,
     run,
@@ -86,6 +87,18 @@ def test_an_unexpected_exception_leaves_a_checkpoint(inputs, processes, who):
     done = ended(inputs, name, f"raise@6@{who}", processes=processes)
     assert done.returncode == 1 and "LookupError: an exception that nobody" in done.stderr
     assert saved(inputs, name) == ["model_5"]
+
+
+@pytest.mark.parametrize("update", [20, 40])
+def test_an_evaluation_that_failed_is_repeated(inputs, straight_run, update):
+    """Also after the last update. Before, the continued run had no record of it."""
+    name = f"evaluate-{update}"
+    done = ended(inputs, name, f"evaluate@{update}@all", save_every=20)
+    assert done.returncode == 1 and saved(inputs, name)[-1] == f"model_{update}"
+    arguments = exact(inputs, name)
+    run(arguments, FAULTY, environment=traced(inputs / name))
+    assert comparable(inputs / name) == comparable(straight_run)
+    assert "nothing to do" in run(arguments, FAULTY, environment=traced(inputs / name)).stderr
 
 
 def test_the_death_of_wandb_does_not_end_the_run(inputs):

@@ -156,9 +156,11 @@ def test_one_process_sees_the_same_batches(inputs, straight_vit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault, every", [("kill@27@1", 1000), ("kill@33@all", 6)])
+@pytest.mark.parametrize(
+    "fault, every", [("kill@27@1", 1000), ("kill@33@all", 6), ("evaluate@20@all", 1000)]
+)
 def test_killed_and_resumed_is_bit_exact(inputs, straight_vit, fault, every):
-    """From the end of an epoch, and from the middle of one."""
+    """From the end of an epoch, from the middle of one, and from before an evaluation."""
     name = "vit-" + fault.replace("@", "-")
     assert faulty(inputs, name, fault, save_every=every).returncode != 0
     assert not (inputs / name / FINAL).exists()

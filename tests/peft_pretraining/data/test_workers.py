@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -85,3 +87,45 @@ def test_a_reader_that_cannot_hand_over_a_batch_is_not_waited_for(method):
     )
     with pytest.raises(UserError, match=r"exit code 1\), most often because memory or shared mem"):
         next(iterate_loader(loader, "text", "--workers"))
+
+
+class ProcessNumbers(torch.utils.data.Dataset):
+    """Yields the number of the process that reads it."""
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_signals_to_the_whole_run_do_not_end_readers(method):
+    """Before, an evaluation failed when a batch system ended the run."""
+    loader = torch.utils.data.DataLoader(
+        ProcessNumbers(),
+        batch_size=None,
+        num_workers=1,
+        worker_init_fn=ReaderStart(),
+        multiprocessing_context=method,
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    items = iterate_loader(loader, "text", "--workers")
+    reader = next(items)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        # The sender is another process, as torchrun is: a reader obeys its parent.
+        sender = [sys.executable, "-c", f"import os, signal; os.kill({reader}, signal.{name})"]
+        subprocess.run(sender, check=True)
+    assert set(items) == {reader}
+
+
+def test_a_reader_ends_when_its_parent_asks_for_it():
+    start = ReaderStart()
+    context = multiprocessing.get_context("fork")
+    reader = context.Process(target=lambda: (start(), time.sleep(600)), daemon=True)
+    reader.start()
+    time.sleep(0.2)
+    reader.terminate()
+    reader.join(timeout=10)
+    assert reader.exitcode is not None
