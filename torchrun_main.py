@@ -72,6 +72,7 @@ from peft_pretraining.data.loader import Step, merge_positions, training_batches
 from peft_pretraining.data.preview import preview_data
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
+from peft_pretraining.model.compilation import resolve_compile
 from peft_pretraining.model.config import LlamaConfig, load_config
 from peft_pretraining.model.linear_cross_entropy import resolve_loss
 from peft_pretraining.model.modeling_llama import TrainableLlama, build_model, target_positions
@@ -396,22 +397,12 @@ def configure_loss_and_compile(
     ranks: DistributedContext,
 ) -> None:
     """Resolve --loss auto and --compile auto, then configure the model."""
-    head = model.lm_head.weight
     # A resumed run uses the loss of the run that it continues: another one would round otherwise,
     # and the run would no longer be bit-identical to one that was never stopped.
-    args.loss = resolve_loss(
-        args.loss,
-        args.batch_size * (args.max_length - 1),
-        (head.shape[0], head.shape[1]),
-        head.dtype,
-        autocast_context(args, ranks),
-        ranks,
-        loss_of_checkpoint=saved_argument(checkpoint, "loss") if checkpoint else None,
-    )
+    of_checkpoint = saved_argument(checkpoint, "loss") if checkpoint else None
+    args.loss = resolve_loss(args.loss, ranks.device, of_checkpoint)
     model.set_loss(args.loss)
-    # Compilation takes minutes on a CPU, and needs a compiler that may not be installed.
-    if args.compile == "auto":
-        args.compile = "on" if ranks.device.type == "cuda" else "off"
+    args.compile = resolve_compile(args.compile, ranks)
     if args.compile == "on":
         model.compile_blocks()
     logger.info(f"loss: {args.loss}, compiled blocks: {args.compile}")
@@ -461,12 +452,11 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
     guard = NonFiniteGuard(optimizer, ranks, args.max_skipped_updates)
     # DistributedDataParallel orders its gradient buckets in its first pass. A pass on a dummy batch
     # makes the order the same in new and in resumed runs, and with it the rounding of the sums.
-    dummy_batch = torch.zeros(1, 2, dtype=torch.long, device=ranks.device)
     parallel = data_parallel(
         model,
         guard.record_nonfinite,
         ranks,
-        lambda wrapped: wrapped(dummy_batch, dummy_batch),
+        lambda wrapped: dummy_forward(wrapped, args, autocast, ranks),
     )
     meter = ThroughputMeter(
         run.work,
@@ -660,6 +650,24 @@ def forward_backward(
         loss.backward()
         total += loss.detach()
     return total
+
+
+def dummy_forward(
+    model: nn.Module,
+    args: argparse.Namespace,
+    autocast: contextlib.AbstractContextManager,
+    ranks: DistributedContext,
+) -> torch.Tensor:
+    """Pass a batch of zeros through the model, and return its loss.
+
+    Compiled blocks get a batch of the training's shape and dtype: for another one they would be
+    compiled twice.
+    """
+    shape = (args.batch_size, args.max_length) if args.compile == "on" else (1, 2)
+    batch = torch.zeros(shape, dtype=torch.long)
+    inputs = (x.to(ranks.device) for x in (batch, batch, target_positions(batch)))
+    with autocast:
+        return model(*inputs)
 
 
 def count_tokens(step: Step | None) -> list[int]:

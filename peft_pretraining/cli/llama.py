@@ -304,15 +304,15 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="Implementation of the output layer's cross-entropy; all compute the same loss. "
         "chunked never holds the logits of all tokens in memory, plain does. torch and liger are "
-        "those of the libraries. auto uses chunked on a CPU; on a GPU it measures at the start "
-        "which one is fastest (default auto).",
+        "those of the libraries. auto is that of the run that is continued, and chunked in a new "
+        "run (default auto).",
     )
     group.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="Compile the transformer blocks with torch.compile; auto does so on a GPU (default "
-        "auto). On a CPU this needs a C++ compiler.",
+        help="Compile the transformer blocks with torch.compile; auto does so on a GPU if "
+        "a C++ compiler is installed (default auto).",
     )
     add_switch(
         group,

@@ -5,10 +5,7 @@ of the negative log-likelihoods (nats) as a float32 scalar. `plain_loss` is the 
 the logits of all n tokens and their gradients: 2 GB each for 16,384 tokens and 32,000 words.
 """
 
-import contextlib
 import importlib.util
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.parallel.process_group import DistributedContext
 
 # Size of the float32 logits of one chunk. On a GPU a chunk must be large enough to keep it busy;
 # on a CPU a smaller one already is.
@@ -61,7 +57,8 @@ class Chunked:
         chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
         tokens = max(1, chunk_bytes // (4 * len(weight)))
         if hidden.device.type != "cpu":
-            return hidden.new_empty(min(tokens, len(hidden)), len(weight))
+            # A batch of the validation data may have no target at all.
+            return hidden.new_empty(max(1, min(tokens, len(hidden))), len(weight))
         if (
             self._buffer is None
             or self._buffer.dtype != hidden.dtype
@@ -204,42 +201,25 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 }
 
 
-def resolve_loss(
-    name: str,
-    tokens: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    autocast: contextlib.AbstractContextManager,
-    ranks: DistributedContext,
-    loss_of_checkpoint: str | None = None,
-) -> str:
-    """Return the name of the loss that --loss asks for, the same on all ranks.
+def resolve_loss(name: str, device: torch.device, loss_of_checkpoint: str | None = None) -> str:
+    """Return the name of the loss that --loss asks for.
 
-    `auto` is the loss of the run that is resumed. In a new run it is `chunked` on a CPU, and on a
-    GPU the fastest one, which is measured.
+    `auto` is the loss of the run that is resumed. In a new run it is `chunked`, whose memory is
+    bounded. It is not chosen by a measurement: two equal runs must compute the same numbers.
 
     Args:
         name: the value of --loss.
-        tokens: tokens of a micro-batch.
-        shape: of the output layer's weight, [V, d].
-        dtype: of that weight.
-        autocast: the context of the forward pass.
+        device: where the loss is computed.
         loss_of_checkpoint: the loss of the run that is resumed.
 
     Raises:
         UserError: the named loss is not available here.
     """
     if name != "auto":
-        if reason := _unavailable_reason(name, ranks.device):
+        if reason := _unavailable_reason(name, device):
             raise UserError(f"--loss {name}: {reason}; or leave --loss out")
         return name
-    if loss_of_checkpoint:
-        return loss_of_checkpoint
-    resolved = "chunked"
-    if ranks.device.type == "cuda" and ranks.is_main:
-        candidates = [x for x in LOSSES if _unavailable_reason(x, ranks.device) is None]
-        resolved = fastest_loss(candidates, tokens, shape, dtype, autocast, ranks.device)
-    return str(ranks.broadcast_object(resolved))
+    return loss_of_checkpoint or "chunked"
 
 
 def _unavailable_reason(name: str, device: torch.device) -> str | None:
@@ -254,52 +234,3 @@ def _unavailable_reason(name: str, device: torch.device) -> str | None:
     if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
         return "Liger's kernel is not installed, pip install liger-kernel"
     return None
-
-
-def fastest_loss(
-    names: list[str],
-    tokens: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    autocast: contextlib.AbstractContextManager,
-    device: torch.device,
-) -> str:
-    """Measure losses once, forward and backward, on random numbers; return the fastest one's name.
-
-    Args:
-        names: the losses to compare.
-        tokens, shape, dtype, autocast: see `resolve_loss`.
-        device: where to measure.
-    """
-    # A generator of its own: a resumed run must draw the same numbers from the global one.
-    generator = torch.Generator(device).manual_seed(0)
-    weight, hidden = (
-        torch.randn(n, shape[1], generator=generator, dtype=dtype, device=device).requires_grad_()
-        for n in (shape[0], tokens)
-    )
-    targets = torch.randint(shape[0], (tokens,), generator=generator, device=device)
-    return min(names, key=lambda name: _seconds(LOSSES[name](), hidden, weight, targets, autocast))
-
-
-def _seconds(
-    loss: Loss,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    autocast: contextlib.AbstractContextManager,
-) -> float:
-    """Return the seconds of one call, measured after a warm-up call that compiles kernels.
-
-    The result is infinite if there is not enough memory.
-    """
-    try:
-        for _ in range(2):
-            start = time.perf_counter()
-            with autocast:
-                value = loss(hidden, weight, targets)
-            gradients = torch.autograd.grad(value, (hidden, weight))
-            float(gradients[0].sum() + gradients[1].sum())  # waits for the device
-            elapsed = time.perf_counter() - start
-    except RuntimeError:
-        return math.inf
-    return elapsed

@@ -187,6 +187,9 @@ class TrainableLlama(nn.Module):
         summed over the ranks while those of the block below are computed. The names of modules and
         parameters do not change.
         """
+        # Otherwise Dynamo splits a graph where DistributedDataParallel's buckets of gradients end,
+        # so that a compiled whole model can communicate in between. A block is smaller than that.
+        torch._dynamo.config.optimize_ddp = False
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 

@@ -46,7 +46,10 @@ def data_parallel(
         "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
     }
     parallel = wrapper(
-        model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None, **no_buffers
+        model,
+        device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # otherwise the gradients are in memory twice
+        **no_buffers,
     )
     parallel.register_comm_hook(None, _checked_sum(check_gradients))
     # After its first pass, DistributedDataParallel packs the gradients into new buckets and may

@@ -9,12 +9,12 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.model import linear_cross_entropy
 from peft_pretraining.model.linear_cross_entropy import (
     LOSSES,
-    fastest_loss,
+    Chunked,
+    _ChunkedLoss,
     plain_loss,
     resolve_loss,
 )
 from peft_pretraining.model.modeling_llama import build_model, target_positions
-from peft_pretraining.parallel.process_group import DistributedContext
 
 FAST = [
     name
@@ -22,7 +22,6 @@ FAST = [
     if name not in ("plain", "liger")
     and (name != "torch" or hasattr(torch.nn, "LinearCrossEntropyOptions"))
 ]
-ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -140,55 +139,29 @@ def test_target_positions():
 # --------------------------------------------------------------------------------------- the choice
 
 
-def test_the_fastest_is_measured(monkeypatch):
-    def slow(*given):
-        for _ in range(200):
-            plain_loss(*given)
-        return plain_loss(*given)
-
-    def without_memory(*given):
-        raise torch.OutOfMemoryError("injected")
-
-    monkeypatch.setattr(
-        linear_cross_entropy,
-        "LOSSES",
-        {"slow": lambda: slow, "quick": lambda: plain_loss, "none": lambda: without_memory},
-    )
-    state = torch.get_rng_state()
-    assert (
-        fastest_loss(
-            ["none", "slow", "quick"],
-            20,
-            (101, 16),
-            torch.float32,
-            torch.autocast("cpu", enabled=False),
-            ALONE.device,
-        )
-        == "quick"
-    )
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def resolved(name, loss_of_checkpoint=None):
-    return resolve_loss(
-        name,
-        20,
-        (101, 16),
-        torch.float32,
-        torch.autocast("cpu", enabled=False),
-        ALONE,
-        loss_of_checkpoint,
-    )
-
-
 def test_what_the_flag_means():
-    assert resolved("auto") == "chunked"
-    assert resolved("auto", loss_of_checkpoint="torch") == "torch"  # of the run that is continued
-    assert resolved("plain", loss_of_checkpoint="torch") == "plain"
+    """Equal runs get equal losses, on every device: nothing is measured."""
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        assert resolve_loss("auto", device) == "chunked"
+        # That of the run that is continued:
+        assert resolve_loss("auto", device, loss_of_checkpoint="torch") == "torch"
+        assert resolve_loss("plain", device, loss_of_checkpoint="torch") == "plain"
     with pytest.raises(
         UserError, match="--loss liger: Liger's kernel needs a CUDA device; or leave --loss out"
     ):
-        resolved("liger")
+        resolve_loss("liger", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("n", [0, 1, 300])
+def test_the_branch_of_other_devices(n):
+    """Tensors on the meta device take the branch of a GPU, also for a batch without a target."""
+    hidden = torch.empty(n, 16, device="meta", requires_grad=True)
+    weight = torch.empty(101, 16, device="meta", requires_grad=True)
+    targets = torch.empty(n, dtype=torch.long, device="meta")
+    buffer = Chunked()._logits_buffer(hidden, weight)
+    loss = _ChunkedLoss.apply(hidden, weight, targets, buffer, True)  # autocast knows no meta
+    loss.backward()
+    assert loss.shape == () and hidden.grad.shape == (n, 16) and weight.grad.shape == (101, 16)
 
 
 @pytest.mark.cuda
