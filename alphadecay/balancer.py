@@ -115,6 +115,8 @@ class AlphaDecay:
         TypeError: an unknown keyword argument.
     """
 
+    analyzes = True  # unlike the baselines that share this interface
+
     def __init__(
         self,
         model: nn.Module,
@@ -280,7 +282,7 @@ class AlphaDecay:
             self._rebalance(self._finish_async_analysis(self._pending))
             self._pending = None
             rebalanced = True
-        if self._analysis_is_due():
+        if self._analysis_is_due(self.updates):
             if self._lag:
                 self._pending = self._start_async_analysis()
             else:
@@ -289,6 +291,14 @@ class AlphaDecay:
         if rebalanced or not self._groups_up_to_date:
             self._write_decays(optimizer)
         return rebalanced
+
+    @property
+    def analyzes_next(self) -> bool:
+        """Whether the next `step` analyses the weights and waits for the result.
+
+        False for an analysis in the background, which is waited for in a later step.
+        """
+        return not self._lag and self._analysis_is_due(self.updates + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs.
@@ -339,13 +349,13 @@ class AlphaDecay:
 
     # -------------------------------------------------------------------------------- analyse
 
-    def _analysis_is_due(self) -> bool:
-        """Return True if the weights must be analysed in this update."""
+    def _analysis_is_due(self, update: int) -> bool:
+        """Return True if the weights must be analysed in an update."""
         if self._controls.type_constant:
             return False
-        if self._controls.one_shot and self.updates > self.every:
+        if self._controls.one_shot and update > self.every:
             return False
-        return self.updates % self.every == 0
+        return update % self.every == 0
 
     def _collect_statistics(self) -> Tensor:
         """Analyse the current weights.

@@ -35,6 +35,8 @@ class AdaDecay:
         ValueError: eta is negative or not finite, or a weight is narrower than float32.
     """
 
+    analyzes = analyzes_next = False  # as in AlphaDecay's interface
+
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
         if not (weight_decay >= 0 and math.isfinite(weight_decay)):
             raise ValueError(

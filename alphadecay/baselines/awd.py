@@ -29,6 +29,8 @@ class AWD:
         ValueError: lambda_awd is negative or NaN.
     """
 
+    analyzes = analyzes_next = False  # as in AlphaDecay's interface
+
     def __init__(self, model: nn.Module, lambda_awd: float) -> None:
         if not lambda_awd >= 0:
             raise ValueError(f"lambda_awd is {lambda_awd}: it must be 0 or more")

@@ -3,6 +3,7 @@
 import time
 from typing import Protocol
 
+import torch
 from torch.optim import Optimizer
 
 from peft_pretraining.records.run_log import RunLog
@@ -14,9 +15,15 @@ class WeightDecayScheduler(Protocol):
 
     Attributes:
         history: one record for each module and analysis, in the order of the analyses.
+        analyzes: whether it analyses weights; a baseline does not.
+        analyzes_next: whether the next `step` does so and waits for the result.
     """
 
     history: list[dict]
+    analyzes: bool
+
+    @property
+    def analyzes_next(self) -> bool: ...
 
     def step(self, optimizer: Optimizer) -> bool:
         """Count an update and set the decays of the groups. Return True if they were assigned."""
@@ -47,11 +54,19 @@ def update_weight_decays(
         decay: the scheduler; None leaves the decays as they are.
         optimizer: its groups are changed.
         update: number of the update.
-        meter: the seconds are counted as analysis.
+        meter: the seconds of AlphaDecay are counted as analysis.
         log: receives the statistics of each module after an analysis.
     """
+    if decay is None:
+        return
+    if not decay.analyzes:
+        decay.step(optimizer)
+        return
+    if decay.analyzes_next and torch.cuda.is_initialized():
+        # Otherwise the time of the analysis would contain that of all that is still queued.
+        torch.cuda.current_stream().synchronize()
     start = time.perf_counter()
-    assigned = decay is not None and decay.step(optimizer)
+    assigned = decay.step(optimizer)
     meter.add_analysis(time.perf_counter() - start, assigned)
-    if decay is not None and assigned:
+    if assigned:
         log.modules([row for row in decay.history if row["step"] == update])

@@ -69,6 +69,19 @@ def test_updates_fall_on_multiples():
     assert sorted({row["step"] for row in decay.history}) == [0, 3, 6]
 
 
+@pytest.mark.parametrize("lag, expected", [(0, [3, 6, 9]), (1, [])])
+def test_it_says_when_the_next_step_waits_for_an_analysis(lag, expected):
+    model = small_model()
+    decay = AlphaDecay(model, 0.1, every=3, lag=lag)
+    optimizer = torch.optim.SGD(decay.param_groups(), lr=0.0)
+    waits = []
+    for update in range(1, 10):
+        if decay.analyzes_next:
+            waits.append(update)
+        decay.step(optimizer)
+    assert waits == expected and decay.analyzes and not AWD(model, 1.0).analyzes
+
+
 def test_history_rows():
     decay = AlphaDecay(small_model(), 0.1)
     assert [row["module"] for row in decay.history] == ["2", "3", "4"]

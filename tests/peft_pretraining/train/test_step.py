@@ -2,6 +2,7 @@
 
 import types
 
+import pytest
 import torch
 
 from peft_pretraining.train.step import set_learning_rate, update_weight_decays
@@ -9,6 +10,8 @@ from peft_pretraining.train.step import set_learning_rate, update_weight_decays
 
 class Scheduler:
     """Assigns new decays in every second update."""
+
+    analyzes = analyzes_next = True
 
     def __init__(self):
         self.updates, self.history = 0, []
@@ -61,4 +64,29 @@ def test_without_a_scheduler_the_decays_stay():
     meter = types.SimpleNamespace(add_analysis=lambda *given: analyses.append(given))
     update_weight_decays(None, optimizer, 1, meter, log)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5]
-    assert log.rows == [] and [is_analysis for _, is_analysis in analyses] == [False]
+    assert log.rows == [] and analyses == []
+
+
+def test_the_time_of_a_baseline_is_not_that_of_an_analysis():
+    """AWD sets a decay in every update and analyses nothing."""
+    optimizer, decay, log, analyses = optimizer_of_two_groups(), Scheduler(), Log(), []
+    decay.analyzes = decay.analyzes_next = False
+    meter = types.SimpleNamespace(add_analysis=lambda *given: analyses.append(given))
+    for update in (1, 2):
+        update_weight_decays(decay, optimizer, update, meter, log)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2]
+    assert log.rows == [] and analyses == []
+
+
+@pytest.mark.parametrize("analyzes_next", [True, False])
+def test_what_the_device_has_queued_is_not_counted(monkeypatch, analyzes_next):
+    """The host waits for it before the time of an analysis begins, and at no other time."""
+    waits = []
+    stream = types.SimpleNamespace(synchronize=lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    decay = Scheduler()
+    decay.analyzes_next = analyzes_next
+    meter = types.SimpleNamespace(add_analysis=lambda *given: None)
+    update_weight_decays(decay, optimizer_of_two_groups(), 1, meter, Log())
+    assert len(waits) == analyzes_next
