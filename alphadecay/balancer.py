@@ -195,9 +195,6 @@ class AlphaDecay:
         # param_groups() and attach() themselves write the decays of construction.
         self._groups_up_to_date = True
         self._rebalance(self._collect_statistics())
-        # Each rank timed the solvers by itself. From here on all use the same ones, and a resumed
-        # run uses those of the saved one.
-        self._engine.solvers = self._plan.agreed_choices(self._engine.solvers)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer.
@@ -303,14 +300,13 @@ class AlphaDecay:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs.
 
-        These are the number of updates, the decays by module name and the choice of solvers. With
-        `lag` above 0 the statistics of a running analysis are included; then all ranks must call
-        this together, and it waits for the analysis.
+        These are the number of updates and the decays by module name. With `lag` above 0 the
+        statistics of a running analysis are included; then all ranks must call this together, and
+        it waits for the analysis.
         """
         state: dict[str, Any] = {
             "updates": self.updates,
             "weight_decays": dict(self.weight_decays),
-            "solvers": dict(self._engine.solvers),
         }
         if self._pending is not None:
             state["pending"] = {
@@ -341,7 +337,6 @@ class AlphaDecay:
         self.updates = state["updates"]
         self.weight_decays = {name: state["weight_decays"][name] for name in self.weight_decays}
         self._groups_up_to_date = False
-        self._engine.solvers = dict(state["solvers"])
         self._pending = None
         if state.get("pending"):
             rows = torch.tensor(state["pending"]["rows"], dtype=torch.float64)

@@ -87,10 +87,6 @@ class AnalysisPlan:
         """
         return gather_rows(table, self.owned, self.modules[0].weight.device, self._group)
 
-    def agreed_choices(self, choices: dict[str, str]) -> dict[str, str]:
-        """Return the choices of all ranks together, see `agreed_choices`."""
-        return agreed_choices(choices, self._group)
-
 
 def assign_owners(costs: Sequence[float], world_size: int) -> list[int]:
     """Return the rank of each item so that all ranks have about the same load.
@@ -156,24 +152,6 @@ def check_agreement(facts: Sequence[str], group: dist.ProcessGroup | None) -> No
                 f"the ranks do not agree on what to analyse: "
                 f"rank 0 has {ours!r}, rank {rank} has {other!r}"
             )
-
-
-def agreed_choices(choices: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Return the choices of all ranks together, the same on every rank.
-
-    Where two ranks chose differently, the choice of the lowest rank is adopted.
-
-    Args:
-        choices: this rank's choices by name.
-        group: the ranks that agree.
-    """
-    _, world_size = rank_and_size(group)
-    if world_size == 1:
-        return choices
-    choices_by_rank: list[dict[str, str]] = [{} for _ in range(world_size)]
-    dist.all_gather_object(choices_by_rank, choices, group=group)
-    # Later ranks come first, so that lower ranks overwrite them.
-    return {name: choice for theirs in reversed(choices_by_rank) for name, choice in theirs.items()}
 
 
 def gather_rows(

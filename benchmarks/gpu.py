@@ -343,7 +343,6 @@ def compare(straight: Path, other: Path, after: int) -> dict:
     ]
     manifests = [json.loads((final / "manifest.json").read_text()) for final in finals]
     pairs = zip(shared, differences, strict=True)
-    states = [final / "training_state/trainer.json" for final in finals]
     one, two = manifests
     return {
         "updates": len(shared),
@@ -352,20 +351,8 @@ def compare(straight: Path, other: Path, after: int) -> dict:
         "weights_equal": one["model.safetensors"] == two["model.safetensors"],
         "weights_sha256": [m["model.safetensors"]["sha256"] for m in manifests],
         "files_that_differ": sorted(name for name in one if one[name] != two.get(name)),
-        "solvers": [json.dumps(solvers_of(state)) for state in states],
         "losses": [list(some.values()) for some in losses],
     }
-
-
-def solvers_of(path: Path) -> object:
-    """Return the eigensolvers that a run chose by measuring, wherever its state keeps them."""
-    pending = [json.loads(path.read_text())]
-    for thing in pending:
-        if isinstance(thing, dict):
-            if "solvers" in thing:
-                return thing["solvers"]
-            pending += thing.values()
-    return None
 
 
 # In order of importance. The rows in a micro-batch suit about 78 GiB of memory; they are halved
@@ -480,9 +467,7 @@ def analysis(bench: Bench) -> None:
                 "updates_undisturbed": "without an analysis",
             }
             parts = [f"{names[key]} {result[key]:.3f} s" for key in names if key in result]
-            note = (
-                f"of {result['modules']} modules; {'; '.join(parts)}; solvers {result['solvers']}"
-            )
+            note = f"of {result['modules']} modules; {'; '.join(parts)}"
             bench.results.line(f"analysis {size}", f"{result['synchronous']:.3f} s", note)
 
 
@@ -647,7 +632,6 @@ def alpha_part(rehearse: bool) -> None:
                 "alpha_training": abs(decay.history[0]["alpha"] / fit - 1),
                 "alpha_analyze": abs(alphadecay.analyze(model)[0]["alpha"] / fit - 1),
                 "eigenvalues": float((values[upper] / expected[upper] - 1).abs().max()),
-                "solvers": decay.state_dict()["solvers"],
             }
             print("PART " + json.dumps(row), flush=True)
 
@@ -698,7 +682,7 @@ def analysis_part(size: str, rehearse: bool) -> None:
     if times[0] < 5:
         times += [seconds_of(lambda: decay.step(optimizer)) for _ in range(2)]
     result["synchronous"], result["synchronous_all"] = statistics.median(times), times
-    result["modules"], result["solvers"] = len(decay.modules), decay.state_dict()["solvers"]
+    result["modules"] = len(decay.modules)
     report()
     # One matrix of each shape, times their number: all of them would take minutes for 1b.
     shapes: dict = collections.defaultdict(list)

@@ -133,12 +133,30 @@ def exact_eigenvalues(
     return pool_eigenvalues(spectra, scale, convolution=weight.dim() == 4)
 
 
-def to_matrices(weight: Tensor, windows: bool = False) -> tuple[list[Tensor], float]:
+def largest_entries(weights: Sequence[Tensor]) -> list[float]:
+    """Return the largest absolute value of each weight, after one wait for the device.
+
+    Args:
+        weights: dense tensors that are not empty, on one device.
+    """
+    if not weights:
+        return []
+    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    norms: list[float] = torch.stack(
+        list(torch._foreach_norm(list(weights), math.inf, dtype=wide))
+    ).tolist()
+    return norms
+
+
+def to_matrices(
+    weight: Tensor, windows: bool = False, largest: float | None = None
+) -> tuple[list[Tensor], float]:
     """Split a weight into the matrices whose eigenvalues are pooled.
 
     Args:
         weight: [out, in] or [out, in, kh, kw].
         windows: split each matrix further, into its `square_windows`.
+        largest: the largest absolute value of the weight, if it is known; see `largest_entries`.
 
     Returns:
         Matrices [rows, columns] in the weight's dtype, with rows >= columns, and the power of 2
@@ -148,9 +166,10 @@ def to_matrices(weight: Tensor, windows: bool = False) -> tuple[list[Tensor], fl
         NoSpectrum: see `dense_values`, or the weight holds NaN or Inf.
     """
     weight = dense_values(weight)
+    if largest is None:
+        (largest,) = largest_entries([weight])
     if weight.device.type == "mps":  # Apple's GPUs have no float64
         weight = weight.cpu()
-    largest = float(torch.linalg.vector_norm(weight, ord=math.inf))
     if not math.isfinite(largest):
         raise NoSpectrum(NOT_FINITE_WEIGHT)
     if not largest or NO_RESCALE_RANGE[0] < largest < NO_RESCALE_RANGE[1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,10 +13,12 @@ from torch import Tensor
 from alphadecay.spectral.eigenvalues import (
     GRAM_DTYPES,
     NoSpectrum,
+    dense_values,
     exact_eigenvalues,
     exact_products,
     gram,
     is_precise_enough,
+    largest_entries,
     pool_eigenvalues,
     rounding_of,
     spectrum,
@@ -48,19 +49,15 @@ BATCH_BYTES = 256 << 20
 
 
 class SpectralEngine:
-    """Analyses weights, and remembers which eigensolver is the fastest on this device.
+    """Analyses weights.
 
     Args:
         timeout: seconds that one module may take before it counts as failed. (On a GPU the
             eigensolver itself is not timed.)
-
-    Attributes:
-        solvers: device, dtype and n, such as "cuda float32 512" -> name in `SOLVERS`.
     """
 
     def __init__(self, timeout: float = 240.0) -> None:
         self.timeout = timeout
-        self.solvers: dict[str, str] = {}
 
     def rows(
         self,
@@ -165,10 +162,16 @@ class SpectralEngine:
         groups: dict[
             tuple[torch.Size, torch.dtype, torch.device], list[tuple[int, Tensor, float]]
         ] = defaultdict(list)
-        scales: dict[int, float] = {}
+        dense: dict[int, Tensor] = {}
         for i, weight in enumerate(weights):
             try:
-                matrices, scales[i] = to_matrices(weight, windows)
+                dense[i] = dense_values(weight)
+            except NoSpectrum as error:
+                spectra[i] = error
+        scales: dict[int, float] = {}
+        for i, largest in zip(dense, largest_entries(list(dense.values())), strict=True):
+            try:
+                matrices, scales[i] = to_matrices(dense[i], windows, largest)
             except NoSpectrum as error:
                 spectra[i] = error
                 continue
@@ -207,7 +210,9 @@ class SpectralEngine:
             dtypes = (torch.float64,)
         try:
             grams = torch.stack([gram(matrix, scale, dtypes[0]) for _, matrix, scale in batch])
-            values = self._solver(grams)(grams).double()
+            # On a GPU this is one call for all matrices. It is never chosen by its time: equal
+            # runs must compute equal numbers.
+            values = torch.linalg.eigvalsh(grams).double()
             precise = (
                 torch.isfinite(values).all(-1)
                 & is_precise_enough(values, ignored_fraction, dtypes[0])
@@ -226,42 +231,6 @@ class SpectralEngine:
             ]
         remaining = iter(better)
         return [v if ok else next(remaining) for v, ok in zip(values, precise, strict=True)]
-
-    def _solver(self, grams: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the fastest solver for Gram matrices [batch, n, n].
-
-        Batched eigensolvers are slower than a loop with some libraries and drivers. So each solver
-        is timed once for each device, dtype and n, on up to 4 of the matrices.
-        """
-        key = f"{grams.device.type} {str(grams.dtype)[6:]} {grams.shape[-1]}"
-        if key not in self.solvers:
-            sample = grams[:4]
-            self.solvers[key] = min(SOLVERS, key=lambda name: _seconds(SOLVERS[name], sample))
-        return SOLVERS[self.solvers[key]]
-
-
-def _one_by_one(grams: Tensor) -> Tensor:
-    """Return the eigenvalues [batch, n] of Gram matrices [batch, n, n], one call for each."""
-    return torch.stack([torch.linalg.eigvalsh(g) for g in grams])
-
-
-SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "batched": torch.linalg.eigvalsh,
-    "one by one": _one_by_one,
-}
-
-
-def _seconds(solver: Callable[[Tensor], Tensor], grams: Tensor) -> float:
-    """Return the seconds of one call, measured after one warm-up call; inf if the solver fails."""
-    elapsed = float("inf")
-    try:
-        for _ in range(2):
-            start = time.perf_counter()
-            solver(grams).cpu()  # waits for the device
-            elapsed = time.perf_counter() - start
-    except RuntimeError:
-        return float("inf")
-    return elapsed
 
 
 def _solve_single(

@@ -13,11 +13,14 @@ from alphadecay import AlphaDecay, fit_power_law, norms
 from alphadecay.spectral import engine
 from alphadecay.spectral.eigenvalues import (
     GRAM_DTYPES,
+    NoSpectrum,
     eigenvalues,
     exact_eigenvalues,
     exact_products,
     gram,
+    largest_entries,
     square_windows,
+    to_matrices,
 )
 from alphadecay.spectral.engine import SpectralEngine
 from alphadecay.spectral.statistics import (
@@ -161,7 +164,10 @@ def test_a_failing_batched_solver_does_not_poison(monkeypatch):
     def failing(grams):
         raise torch.linalg.LinAlgError("injected")
 
-    monkeypatch.setattr(engine, "SOLVERS", {"batched": failing})
+    solve = torch.linalg.eigvalsh
+    monkeypatch.setattr(
+        torch.linalg, "eigvalsh", lambda x: failing(x) if x.dim() == 3 else solve(x)
+    )
     weights = [gaussian(100, 60, seed) for seed in range(3)]
     for weight, values in zip(
         weights,
@@ -173,21 +179,13 @@ def test_a_failing_batched_solver_does_not_poison(monkeypatch):
         )
 
 
-def test_the_solver_is_chosen_by_trying(monkeypatch):
-    tried = []
-
-    def slow(grams):
-        tried.append("slow")
-        time.sleep(0.05)
-        return torch.linalg.eigvalsh(grams)
-
-    monkeypatch.setattr(engine, "SOLVERS", {"slow": slow, "quick": torch.linalg.eigvalsh})
-    spectral = SpectralEngine()
-    for _ in range(3):
-        spectral.device_spectra([gaussian(100, 60)] * 2, 0.5, (torch.float32,))
-    assert (
-        spectral.solvers == {"cpu float32 60": "quick"} and len(tried) == 2
-    )  # tried once: a first call and a timed one
+def test_the_scale_of_all_weights_needs_one_wait():
+    weights = [gaussian(100, 60, seed) * 10.0**seed for seed in range(3)]
+    weights.append(weights[0].bfloat16())
+    assert largest_entries(weights) == [float(weight.abs().max()) for weight in weights]
+    assert largest_entries([weights[0].double()]) == [float(weights[0].abs().max())]
+    with pytest.raises(NoSpectrum, match="NaN or Inf"):
+        to_matrices(torch.full((2, 2), math.nan))
 
 
 def test_tasks_run_in_order_and_apart():
