@@ -105,6 +105,7 @@ from peft_pretraining.train.step import (
     update_weight_decays,
 )
 from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
+from peft_pretraining.utils.determinism import use_deterministic_algorithms
 from peft_pretraining.utils.seeding import TRAINING, seed_everything
 from peft_pretraining.vision.batchnorm import BatchNormSync
 from peft_pretraining.vision.datasets import ImageData, load_images
@@ -245,6 +246,8 @@ def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
     """
     if args.dry_run:
         return dry_run(args)
+    if args.deterministic:
+        use_deterministic_algorithms()
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
     with (

@@ -115,6 +115,7 @@ from peft_pretraining.train.step import (
     update_weight_decays,
 )
 from peft_pretraining.train.throughput import ThroughputMeter, WorkPerStep
+from peft_pretraining.utils.determinism import use_deterministic_algorithms
 from peft_pretraining.utils.seeding import TRAINING, seed_everything
 
 if __name__ == "__main__":
@@ -164,6 +165,8 @@ def main(args: argparse.Namespace, launch: Launch | None = None) -> None:
     """
     if args.dry_run:
         return dry_run(args)
+    if args.deterministic:
+        use_deterministic_algorithms()
     # The stack releases the lock of the run folder and turns garbage collection on again, however
     # the run ends.
     with (
@@ -402,7 +405,7 @@ def configure_loss_and_compile(
     of_checkpoint = saved_argument(checkpoint, "loss") if checkpoint else None
     args.loss = resolve_loss(args.loss, ranks.device, of_checkpoint)
     model.set_loss(args.loss)
-    args.compile = resolve_compile(args.compile, ranks)
+    args.compile = resolve_compile(args.compile, ranks, args.deterministic)
     if args.compile == "on":
         model.compile_blocks()
     logger.info(f"loss: {args.loss}, compiled blocks: {args.compile}")

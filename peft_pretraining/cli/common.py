@@ -143,6 +143,16 @@ def add_records(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_deterministic(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for bit-identical results on a GPU."""
+    add_switch(
+        group,
+        "deterministic",
+        "Use algorithms that give the same bits in every run on a GPU, so that a resumed run is "
+        "bit for bit the run that was never stopped. Some are slower. On a CPU nothing changes.",
+    )
+
+
 def add_saving(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say when to save besides, and what to do if that fails."""
     group.add_argument(

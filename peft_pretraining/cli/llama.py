@@ -9,6 +9,7 @@ from peft_pretraining.cli.common import (
     DTYPES,
     PARALLEL,
     Parser,
+    add_deterministic,
     add_optimizer,
     add_records,
     add_resume,
@@ -314,6 +315,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="Compile the transformer blocks with torch.compile; auto does so on a GPU if "
         "a C++ compiler is installed (default auto).",
     )
+    add_deterministic(group)
     add_switch(
         group,
         "activation_checkpointing",

@@ -9,6 +9,7 @@ import os
 
 from peft_pretraining.cli.common import (
     Parser,
+    add_deterministic,
     add_optimizer,
     add_records,
     add_resume,
@@ -432,6 +433,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     add_boolean(group, "model_ema_force_cpu", False, "Keep the moving average in CPU memory")
     add_boolean(group, "model_ema_eval", False, "Evaluate the moving average too")
+    add_deterministic(group)
     add_boolean(group, "use_amp", False, "Use bfloat16 autocast in forward and backward passes")
     group.add_argument(
         "--device",

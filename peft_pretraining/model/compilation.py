@@ -5,6 +5,7 @@ from loguru import logger
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.process_group import DistributedContext
+from peft_pretraining.utils.determinism import use_deterministic_compilation
 
 REMEDY = (
     "install a C++ compiler and Python's headers (apt install g++ python3-dev), "
@@ -12,7 +13,7 @@ REMEDY = (
 )
 
 
-def resolve_compile(choice: str, ranks: DistributedContext) -> str:
+def resolve_compile(choice: str, ranks: DistributedContext, deterministic: bool = False) -> str:
     """Return `on` or `off`: what --compile asks for, the same on all ranks.
 
     `auto` compiles on a GPU if that is possible: containers without a C compiler or without
@@ -20,14 +21,18 @@ def resolve_compile(choice: str, ranks: DistributedContext) -> str:
 
     Args:
         choice: the value of --compile: auto, on or off.
+        deterministic: whether --deterministic is given.
         ranks: the processes of the run; all of them call this function together.
 
     Raises:
-        UserError: --compile on, and a process cannot compile.
+        UserError: --compile on, and a process cannot compile, or not deterministically.
     """
     if choice == "off" or (choice == "auto" and ranks.device.type != "cuda"):
         return "off"
-    problem = _compilation_problem(ranks.device)
+    problem = None
+    if deterministic and not use_deterministic_compilation():
+        problem = f"torch {torch.__version__} has no deterministic mode of it"
+    problem = problem or _compilation_problem(ranks.device)
     problems = ranks.broadcast_object(ranks.gather_objects(problem))
     found = next(filter(None, problems), None)
     if found is None:

@@ -17,7 +17,7 @@ BOOKKEEPING = {
     "keep_checkpoints", "keep_every", "log_dir", "log_every", "loss", "name", "no_wandb",
     "num_workers", "on_save_error", "output_dir", "pin_mem", "profile", "project", "resume",
     "same_settings_only", "save_ckpt_num", "save_dir", "save_every", "save_every_minutes", "tags",
-    "timeout_minutes", "update_freq", "wandb_ckpt", "wandb_name", "workers",
+    "deterministic", "timeout_minutes", "update_freq", "wandb_ckpt", "wandb_name", "workers",
 }  # fmt: skip
 IN_METHOD = {
     "adamc", "alpha_positively_with_WD", "assign_func", "cautious_decay", "esd_metric_for_tb",

@@ -37,8 +37,9 @@ def evaluate(
         UserError: on all ranks, if one of them cannot read its images or if there are none at all.
     """
     device = next(model.parameters()).device
-    # Sums of the loss, of correct images, of images correct among five, and of images.
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    # Sums of the loss, of correct images, and of images correct among five. The images are counted
+    # on the host.
+    sums, n_images = torch.zeros(3, dtype=torch.float64, device=device), 0
     problem, was_training = None, model.training
     model.eval()
     try:
@@ -52,18 +53,19 @@ def evaluate(
                 logits = model(images).float()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            count = torch.tensor(len(labels), device=device)
-            totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), count]).double()
+            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()]).double()
+            n_images += len(labels)
     except UserError as error:
         problem = str(error)
     model.train(was_training)
     ranks.raise_together(problem)
-    loss_sum, correct, correct_in_5, n_images = ranks.sum(totals.to(ranks.device)).tolist()
+    n_images = int(ranks.sum(torch.tensor(n_images)))
+    loss_sum, correct, correct_in_5 = ranks.sum(sums.to(ranks.device)).tolist()
     if not n_images:
         raise UserError("no validation image can be read")
     return {
         "eval_loss": loss_sum / n_images,
         "top1": 100 * correct / n_images,
         "top5": 100 * correct_in_5 / n_images,
-        "eval_images": int(n_images),
+        "eval_images": n_images,
     }

@@ -26,7 +26,7 @@ IGNORED_ARGUMENTS = {
     "resume", "save_ckpt_num", "save_dir", "save_every", "seed", "single_cuda", "start_epoch",
     "tags", "update_freq", "wandb_name", "workers", "dry_run", "same_settings_only", "beta1",
     "log_dir", "wandb_ckpt", "test_code", "data_source", "tokenizer_name", "save_every_minutes",
-    "timeout_minutes",
+    "timeout_minutes", "deterministic",
 }  # fmt: skip
 # Paths that are different on every machine: only their last part is compared.
 PATH_ARGUMENTS = {
