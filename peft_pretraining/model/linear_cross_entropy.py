@@ -90,7 +90,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), len(buffer)):
             part = hidden[start : start + len(buffer)]
             logits = torch.mm(part, weight.T, out=buffer[: len(part)])
-            losses, sums = _softmax_minus_one_hot(logits, targets[start : start + len(part), None])
+            labels = targets[start : start + len(part), None]
+            losses, sums = _softmax_minus_one_hot(logits, labels, with_gradients)
             loss += losses.sum()
             if gradients:
                 gradients.add(start, part, logits, sums)
@@ -108,8 +109,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return *gradients.scaled(factor), None, None, None
 
 
-def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace the logits, in place, by sums * (softmax - one_hot).
+def _softmax_minus_one_hot(
+    logits: Tensor, targets: Tensor, with_gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the losses, and replace the logits, in place, by sums * (softmax - one_hot).
 
     The division by the sums is left to the caller: after the matrix products that follow there are
     fewer numbers to divide.
@@ -117,6 +120,7 @@ def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     Args:
         logits: [n, V], overwritten.
         targets: [n, 1].
+        with_gradients: False if the replaced logits are not needed; they are undefined then.
 
     Returns:
         Losses and sums of the exponentials, both float32 [n, 1].
@@ -131,9 +135,10 @@ def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
         target_logits = part.gather(1, labels)
         torch.sum(part.exp_(), 1, keepdim=True, out=total)
         torch.sub(total.log(), target_logits, out=loss)
-        part.scatter_add_(1, labels, -total)
-        if part is not logits_slice:
-            logits_slice.copy_(part)
+        if with_gradients:
+            part.scatter_add_(1, labels, -total)
+            if part is not logits_slice:
+                logits_slice.copy_(part)
     return losses, sums
 
 
