@@ -93,7 +93,7 @@ def test_dropout_is_resumed_exactly_and_differs_between_ranks(
 
 
 def test_killed_at_random_instants(inputs, straight_run):
-    """The run is killed five times; benchmarks/bench_kill.py does this a hundred times."""
+    """The run is killed five times; benchmarks/bench_faults.py does this a thousand times."""
     rng = random.Random(0)
     arguments = exact(inputs, "random", "--continue_from", "auto", save_every=4)
     kills = 0
