@@ -73,7 +73,7 @@ from peft_pretraining.data.preview import preview_data
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.compilation import resolve_compile
-from peft_pretraining.model.config import LlamaConfig, load_config
+from peft_pretraining.model.config import LlamaConfig, load_config, rope_of
 from peft_pretraining.model.linear_cross_entropy import resolve_loss
 from peft_pretraining.model.modeling_llama import TrainableLlama, build_model, target_positions
 from peft_pretraining.optim.gradients import clip_gradients, mean_decay
@@ -765,8 +765,7 @@ def saved_config(model: nn.Module, tokenizer: Tokenizer, max_length: int) -> dic
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
     }
-    rope = model.config.rope_parameters or {}  # type: ignore[union-attr]
-    if rope.get("rope_type", "default") == "default":
+    if rope_of(model.config)["rope_type"] == "default":
         # Other kinds of rotary embedding compute their angles from this number.
         changes["max_position_embeddings"] = max_length
     return changes

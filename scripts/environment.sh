@@ -2,11 +2,12 @@
 # requirements.txt and requirements-dev.txt.
 #
 # It is made once, and made anew when one of these files or the version of Python changes. It lies
-# outside the repository; ALPHADECAY_VENV sets another place.
+# outside the repository; ALPHADECAY_VENV sets another place. OLDEST=1 makes one with the oldest
+# supported versions, beside it.
 
-venv="${ALPHADECAY_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/alphadecay/venv}"
+venv="${ALPHADECAY_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/alphadecay/venv}${OLDEST:+-oldest}"
 base_python="${PYTHON:-python3}"
-requirements=(requirements.txt requirements-dev.txt)
+requirements=(requirements.txt requirements-dev.txt ${OLDEST:+requirements-oldest.txt})
 
 "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "error: Python 3.10 or later is needed: set PYTHON, for instance PYTHON=python3.12" >&2

@@ -154,6 +154,16 @@ class LlamaConfig:
         }
 
 
+def rope_of(config: Any) -> dict[str, Any]:
+    """Return base `rope_theta` and kind `rope_type` of the rotary position embedding, and its more.
+
+    Args:
+        config: a config of this module or of transformers, whose version 4 keeps them elsewhere.
+    """
+    rope: dict[str, Any] = LlamaConfig.from_dict(config.to_dict()).rope_parameters or {}
+    return rope
+
+
 def load_config(path: str | Path) -> LlamaConfig:
     """Read a model config.
 

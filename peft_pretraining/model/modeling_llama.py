@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.config import LlamaConfig, load_config  # noqa: F401
+from peft_pretraining.model.config import LlamaConfig, load_config, rope_of  # noqa: F401
 from peft_pretraining.model.linear_cross_entropy import LOSSES, Loss
 
 
@@ -29,7 +29,7 @@ def check_supported(config: LlamaConfig) -> None:
     Raises:
         UserError: the config asks for something that this model does not implement.
     """
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    rope_type = rope_of(config)["rope_type"]
     reasons = [
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r} (only silu)"),
         (config.attention_bias or config.mlp_bias, "attention_bias or mlp_bias"),
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.rope_theta = (config.rope_parameters or {}).get("rope_theta", 10000.0)
+        self.rope_theta = rope_of(config)["rope_theta"]
         self.gradient_checkpointing = False
         # The id that ends a document. If it is set, attention stays within documents.
         self.end_of_document: int | None = None

@@ -11,7 +11,7 @@ from peft_pretraining.train.signals import SIGNALS, StopRequest, was_restarted
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
