@@ -259,6 +259,8 @@ def _train_and_save_bpe(documents: Iterable[str], vocab_size: int, folder: Path)
         pad_token=pad_token,
         eos_token=eos_token,
         clean_up_tokenization_spaces=False,
+        # By default transformers 4 also returns token_type_ids, which LLaMA does not take.
+        model_input_names=["input_ids", "attention_mask"],
     )
     # Another process may train at the same time. Its tokenizer is the same.
     with atomic_directory(folder, shared=True, keep_existing=True) as new:
