@@ -7,6 +7,7 @@ the odd one is initialised in several ways. Prints a table: the alpha and the de
 module as a multiple of eta, the decays of the seven others, and what the log says.
 """
 
+import argparse
 import io
 import logging
 import sys
@@ -65,6 +66,7 @@ def network(initialize: Callable[[torch.Tensor], object], dtype: torch.dtype) ->
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     logging.getLogger("alphadecay").addHandler(handler)
