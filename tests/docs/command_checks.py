@@ -88,7 +88,7 @@ def _bash(words: list[str]) -> None:
         assert arguments[0] == "--dry_run"
         _slurm(script, arguments[1:])
     elif script == "scripts/test.sh":
-        assert {word for word in arguments if word.startswith("-")} <= {"--fast", "-k"}
+        assert {word for word in arguments if word.startswith("-")} <= {"--fast", "--oldest", "-k"}
         assert all((ROOT / word).exists() for word in arguments if "/" in word)
     elif script.endswith("/study.sh"):
         text = (ROOT / script).read_text()
