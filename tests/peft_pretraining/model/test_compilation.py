@@ -20,7 +20,7 @@ class TwoRanks(DistributedContext):
 
 
 def works(monkeypatch, problem=None):
-    monkeypatch.setattr(compilation, "_compilation_problem", lambda device: problem)
+    monkeypatch.setattr(compilation, "_compilation_problem", lambda *_: problem)
 
 
 @pytest.mark.parametrize("choice, ranks, expected", [
@@ -32,13 +32,15 @@ def test_where_compilation_works(monkeypatch, choice, ranks, expected):
 
 
 def test_where_it_does_not(monkeypatch):
-    works(monkeypatch, "RuntimeError: Failed to find C compiler")
+    works(monkeypatch, "Failed to find C compiler: install g++")
     messages = []
     monkeypatch.setattr(compilation.logger, "warning", messages.append)
     assert resolve_compile("auto", GPU) == "off"
     (message,) = messages
-    assert "Failed to find C compiler" in message and "apt install g++" in message
-    with pytest.raises(UserError, match="--compile on: .*Failed to find C compiler.*compile off"):
+    assert message == (
+        "nothing is compiled, so training is slower: Failed to find C compiler: install g++"
+    )
+    with pytest.raises(UserError, match="--compile on: Failed to find .*; or give --compile off"):
         resolve_compile("on", CPU)
 
 
@@ -53,5 +55,8 @@ def test_a_compiler_that_is_missing(monkeypatch):
         raise OSError("Python.h: No such file\nand more")
 
     monkeypatch.setattr(torch, "compile", missing)
-    problem = compilation._compilation_problem(torch.device("cpu"))
-    assert problem == "OSError: Python.h: No such file"
+    problem = compilation._compilation_problem(torch.device("cpu"), False)
+    assert problem == (
+        "torch.compile does not work here (OSError: Python.h: No such file): install a C++ "
+        "compiler and Python's headers (apt install g++ python3-dev)"
+    )
