@@ -97,9 +97,17 @@ class Run:
         setting: a name of SETTINGS.
         name: of the run; its folder is in `inputs`.
         wandb: WANDB_MODE.
+        cold: start new interpreters instead of forks.
     """
 
-    def __init__(self, inputs: Path, setting: str, name: str, wandb: str = "disabled"):
+    def __init__(
+        self,
+        inputs: Path,
+        setting: str,
+        name: str,
+        wandb: str = "disabled",
+        cold: bool = False,
+    ):
         script, self.processes, flags = SETTINGS[setting]
         self.last_update = 24 if script == "torchrun_main" else 40
         self.folder, self.phases = inputs / name, inputs / f"{name}.phases"
@@ -127,6 +135,7 @@ class Run:
         with self.log.open("a") as output:
             self.process = fork_server.start(
                 command(words, MAIN, self.processes),
+                cold,
                 stdout=output,
                 stderr=output,
                 cwd=ROOT,
@@ -323,7 +332,10 @@ def trial(
         return None
     setting = rng.choice(settings)
     wandb = "offline" if fault == "kill W&B" else rng.choice(("offline", "disabled"))
-    run = Run(inputs, setting, f"trial{number}", wandb)
+    # torchrun raises an exception in its handler of signals. Where it forks its workers, as here,
+    # Python ignores an exception that comes during the fork; where it starts them, it does not.
+    cold = "torchrun" in fault and phase == "start-up"
+    run = Run(inputs, setting, f"trial{number}", wandb, cold)
     ranks = run.wait_for(phase)
     time.sleep(rng.random() * {"start-up": 1.0, "data": 1.0, "training": 1.0}.get(phase, 0.05))
     hit = bool(ranks) and run.process.poll() is None and cause(fault, run, ranks, rng)
