@@ -17,11 +17,19 @@ from tests.end_to_end.common import read_lines, run, write_config, write_text
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
+def vendor():
+    """Who made the processor, as Linux names it; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split()[-1] for line in lines if line.startswith("vendor_id")), "")
+
+
 def machine():
     """Where float additions happen in the same order."""
     return {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "vendor": vendor(),  # MKL has kernels of its own for each
         "machine": platform.machine(),
     }
 
