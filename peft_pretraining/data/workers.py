@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from peft_pretraining.constants import STOP_SIGNALS
 from peft_pretraining.errors import UserError
 from peft_pretraining.utils.child import EndWithParent
 
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 SECONDS_FOR_EXIT_CODE = 0.2
-# Batch systems, torchrun and terminals send these to all processes of a run, readers included.
-SIGNALS_OF_THE_RUN = {
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-}
 
 
 class ReaderStart(EndWithParent):
@@ -47,12 +39,12 @@ class ReaderStart(EndWithParent):
         queue: Any = multiprocessing.queues.Queue
         queue._on_queue_feeder_error = staticmethod(_end_reader)
         if hasattr(signal, "sigwaitinfo"):  # not on macOS
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_RUN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             threading.Thread(target=self._obey_parent, name="signals", daemon=True).start()
 
     def _obey_parent(self) -> None:
         """End this process if its parent sends a signal, and ignore those of other processes."""
-        while signal.sigwaitinfo(SIGNALS_OF_THE_RUN).si_pid != self.parent:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != self.parent:
             pass
         os._exit(0)
 
@@ -112,7 +104,7 @@ def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_RUN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

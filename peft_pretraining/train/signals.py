@@ -5,16 +5,8 @@ import signal
 import time
 from types import FrameType
 
-# Ctrl-C, a closed terminal, and what Slurm, Kubernetes, other batch systems and torchrun send
-# before a time limit or a preemption.
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-)
+from peft_pretraining.constants import STOP_SIGNALS
+
 # A cluster signals the whole process group, and torchrun then forwards the signal to its workers,
 # which have received it already. Within this time a second signal is taken for such a duplicate.
 DUPLICATE_SIGNAL_SECONDS = 1.0
@@ -40,7 +32,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._launcher = launcher
         self._received_at = 0.0
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
 

@@ -5,13 +5,14 @@ import signal
 
 import pytest
 
+from peft_pretraining.constants import STOP_SIGNALS
 from peft_pretraining.train import signals
-from peft_pretraining.train.signals import SIGNALS, StopRequest, was_restarted
+from peft_pretraining.train.signals import StopRequest, was_restarted
 
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -25,7 +26,7 @@ def exits(monkeypatch):
     return codes
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_recorded(handlers, exits, number):
     stop = StopRequest()
     assert stop.signal is None
