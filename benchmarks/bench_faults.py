@@ -164,6 +164,8 @@ class Run:
         left = self.living()
         for pid in left:
             if pid in self.ranks():
+                with contextlib.suppress(OSError):  # the limit of "full disk"
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
                 send(pid, signal.SIGQUIT)  # it writes the stacks of its threads to the log
                 time.sleep(1)
         for pid in left:

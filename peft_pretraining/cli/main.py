@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -30,7 +31,8 @@ def run_script(main: Callable[..., None], *arguments: object) -> int:
 
     Returns:
         The exit code: 0, or 2 if the function raised UserError, whose message is then printed as
-        one line, without a traceback, or 130 after Ctrl-C.
+        one line, without a traceback, or 130 after Ctrl-C, or 1 after another exception, whose
+        traceback is printed.
     """
     # The stacks of all threads are printed if the process crashes, also when NCCL ends it because
     # another rank does not answer.
@@ -44,8 +46,12 @@ def run_script(main: Callable[..., None], *arguments: object) -> int:
         return stopped.code if isinstance(stopped.code, int) else 0
     except KeyboardInterrupt:
         # A training that has begun takes Ctrl-C as a request to save and stop.
-        print("stopped by Ctrl-C before the training began", file=sys.stderr, flush=True)
+        _print_error("stopped by Ctrl-C before the training began")
         return INTERRUPTED
+    except Exception:
+        # It is not passed on, because then the process would end without `end`.
+        _print_error(traceback.format_exc().rstrip())
+        return 1
     return 0
 
 
@@ -98,9 +104,15 @@ def _report(error: UserError) -> int:
         time.sleep(SECONDS_FOR_RANK_0)
     where = f" on rank {rank}" if rank else ""
     sentence = f"error{where}: {error}"
-    print(sentence, file=sys.stderr, flush=True)
+    _print_error(sentence)
     _tell_torchrun(sentence)
     return USER_ERROR
+
+
+def _print_error(text: str) -> None:
+    """Print to stderr, if that is possible: it may be a file on the disk that is full."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or there is none
+        print(text, file=sys.stderr, flush=True)
 
 
 def _tell_torchrun(sentence: str) -> None:

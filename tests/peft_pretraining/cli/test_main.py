@@ -45,9 +45,35 @@ def test_success(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_script(lambda: 1 / 0)
+def test_other_errors_keep_their_traceback(capsys):
+    assert run_script(lambda: 1 / 0) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [("UserError('no space')", 2), ("KeyboardInterrupt", 130), ("ValueError", 1)]
+)
+def test_a_log_on_a_full_disk_does_not_change_the_end(error, code):
+    """An error of printing would leave the script before `end`, and its ranks might then hang."""
+    program = (
+        "import atexit, sys\n"
+        "from peft_pretraining.cli.main import end, run_script\n"
+        "from peft_pretraining.errors import UserError\n"
+        "def main():\n    raise " + error + "\n"
+        "atexit.register(print, 'ended')\n"
+        "end(run_script(main))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
+            stdout=subprocess.PIPE,
+            stderr=full,
+            timeout=60,
+        )
+    assert (done.returncode, done.stdout) == (code, b"ended\n")
 
 
 def test_the_end_waits_for_threads_and_runs_what_was_registered(tmp_path):
