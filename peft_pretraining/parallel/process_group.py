@@ -19,6 +19,7 @@ from loguru import logger
 from peft_pretraining.errors import UserError
 from peft_pretraining.parallel.launch import Launch, read_launch
 from peft_pretraining.parallel.rendezvous import HungRank, new_store_namespace
+from peft_pretraining.utils.child import terminate_with
 
 SECONDS_FOR_OTHER_FAILURES = 10.0
 # How often rank 0 shows that it is alive while the other ranks wait for it. A rank waits for many
@@ -189,6 +190,8 @@ def process_group(
             another process did not answer in time. The stacks of all threads are then printed.
     """
     launch = launch or read_launch()
+    if launch.launcher is not None:
+        terminate_with(launch.launcher)
     local_rank, world_size = launch.local_rank, launch.world_size
     device = _choose_device(single_cuda, device_type, local_rank, world_size)
     timeout = timedelta(minutes=timeout_minutes)

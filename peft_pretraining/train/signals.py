@@ -39,11 +39,10 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """Why this process should stop: the name of a signal or LAUNCHER_ENDED; None: go on."""
-        if self.signal is not None:
-            return self.signal.name
+        # Asked first: the end of the launcher also sends SIGTERM, see `terminate_with`.
         if self._launcher is not None and os.getppid() != self._launcher:
             return LAUNCHER_ENDED
-        return None
+        return None if self.signal is None else self.signal.name
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

@@ -39,7 +39,7 @@ class EndWithParent:
         """Tie this process to its parent. Does nothing in the parent itself."""
         if os.getpid() == self.parent:
             return
-        if not (self.by_signal and _signal_after_parent()):
+        if not (self.by_signal and _signal_after_parent(signal.SIGKILL)):
             threading.Thread(target=self._watch, name="end with parent", daemon=True).start()
         self._exit_if_orphan()
 
@@ -53,8 +53,23 @@ class EndWithParent:
             os._exit(1)
 
 
-def _signal_after_parent() -> bool:
-    """Ask the system to kill this process when its parent ends; False if it cannot do that."""
+def terminate_with(launcher: int) -> None:
+    """Send SIGTERM to this process when the process that started it ends.
+
+    SIGTERM ends a process that is still setting up, for instance one that waits for other ranks
+    that nobody will start any more. A training takes it as a request to save and stop.
+
+    Args:
+        launcher: number of the process that started this one. If it has ended already, the signal
+            is sent at once.
+    """
+    _signal_after_parent(signal.SIGTERM)
+    if os.getppid() != launcher:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _signal_after_parent(number: signal.Signals) -> bool:
+    """Ask the system to send a signal when the parent ends; False if it cannot do that."""
     if sys.platform != "linux":
         return False
-    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) == 0

@@ -86,3 +86,31 @@ def test_nothing_happens_in_the_parent():
     EndWithParent()()
     pickle.loads(pickle.dumps(EndWithParent()))
     assert fork_server.descendants(os.getpid()) == children
+
+
+RANK = """
+import os, sys
+from peft_pretraining.parallel.process_group import process_group
+
+open(sys.argv[1], "w").write(str(os.getpid()))
+with process_group(device_type="cpu"):
+    pass
+"""
+
+
+def test_a_rank_that_waits_for_others_ends_with_torchrun(tmp_path):
+    """Nobody would start the others any more; it used to wait until --timeout_minutes."""
+    (tmp_path / "rank.py").write_text(RANK)
+    pid = tmp_path / "pid"
+    start = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+    launch = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", start, str(tmp_path / "rank.py"), str(pid)],
+        env=os.environ | launch | address,
+    )
+    assert wait_until(lambda: pid.exists() and pid.read_text())
+    time.sleep(0.5)  # it begins to connect
+    fork_server.kill(launcher.pid)
+    launcher.wait()
+    assert wait_until(lambda: not runs(int(pid.read_text())))
