@@ -16,8 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_pretraining.cli.main import end, run_script  # noqa: E402
 from peft_pretraining.parallel.launch import read_launch  # noqa: E402
+
+# Before the slow imports, as in the scripts: a process that torchrun leaves behind meanwhile must
+# know which torchrun that was.
+LAUNCH = read_launch()
+
+from peft_pretraining.cli.main import end, run_script  # noqa: E402
 from peft_pretraining.train import loop  # noqa: E402
 from tests.end_to_end import faulty_main  # noqa: E402
 
@@ -75,7 +80,7 @@ def main() -> int:
         if hasattr(script, name):
             setattr(script, name, announced(phase, getattr(script, name)))
     loop.write_run_report = announced("report", loop.write_run_report)
-    code = run_script(lambda: script.main(script.parse_arguments(), read_launch()))
+    code = run_script(lambda: script.main(script.parse_arguments(), LAUNCH))
     announce("exit")
     return code
 
