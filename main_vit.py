@@ -72,7 +72,7 @@ from peft_pretraining.optim.gradients import clip_gradients, mean_decay
 from peft_pretraining.optim.nonfinite import NonFiniteGuard
 from peft_pretraining.optim.optimizer import build_optimizer, scaled_decays
 from peft_pretraining.optim.schedule import lr_factor
-from peft_pretraining.parallel.ddp import data_parallel
+from peft_pretraining.parallel.ddp import data_parallel, zero_gradients
 from peft_pretraining.parallel.fsdp import exchange_gradients
 from peft_pretraining.parallel.process_group import DistributedContext, process_group
 from peft_pretraining.records.console import block, start_logging
@@ -632,7 +632,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             #    that the ratios between the modules stay as the analysis assigned them.
             with scaled_decays(optimizer, decay_factor):
                 optimizer.step()
-            optimizer.zero_grad()
+            zero_gradients(parallel, optimizer)
             log.advance()
             # The running statistics of BatchNorm were changed in the forward pass. If the update
             # was skipped they are restored.

@@ -80,7 +80,7 @@ from peft_pretraining.optim.gradients import clip_gradients, mean_decay
 from peft_pretraining.optim.nonfinite import NonFiniteGuard
 from peft_pretraining.optim.optimizer import build_optimizer
 from peft_pretraining.optim.schedule import lr_factor
-from peft_pretraining.parallel.ddp import data_parallel
+from peft_pretraining.parallel.ddp import data_parallel, zero_gradients
 from peft_pretraining.parallel.fsdp import exchange_gradients, shard_model
 from peft_pretraining.parallel.process_group import DistributedContext, process_group
 from peft_pretraining.records.console import block, start_logging
@@ -349,6 +349,8 @@ def memory_plan(args: argparse.Namespace, world_size: int) -> str:
         args.batch_size,
         args.max_length,
         args.dtype,
+        args.gradient_accumulation,
+        args.compile != "off",
     )
     parts = ", ".join(
         f"{name} {getattr(memory, name) / 1e9:.2g}"
@@ -554,7 +556,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
 
             # 8. Optimizer step.
             optimizer.step()
-            optimizer.zero_grad()
+            zero_gradients(parallel, optimizer)
             log.advance()
             last = update == args.num_training_steps
             logs, evaluates, saves = (

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from peft_pretraining.parallel.fsdp import install_gradient_check, is_fsdp
 from peft_pretraining.parallel.process_group import DistributedContext
@@ -58,6 +59,20 @@ def data_parallel(
     first_pass(parallel).backward()
     model.zero_grad()
     return parallel
+
+
+def zero_gradients(model: nn.Module, optimizer: Optimizer) -> None:
+    """Forget the gradients after a step of the optimizer.
+
+    The gradients of DistributedDataParallel are parts of its buckets. They are set to zero in
+    place: without exchange, a backward pass would otherwise put new gradients beside the buckets,
+    so that all of them are in memory twice.
+
+    Args:
+        model: What `data_parallel` returned.
+        optimizer: The optimizer of its parameters.
+    """
+    optimizer.zero_grad(set_to_none=not isinstance(model, nn.parallel.DistributedDataParallel))
 
 
 def _checked_sum(

@@ -25,7 +25,6 @@ from peft_pretraining.train.flops import llama_flops
 from scripts.cluster.hardware import (
     BLOCK_SECONDS,
     BUCKET_BYTES,
-    FSDP_BLOCKS,
     GPUS_PER_NODE,
     GRAM_EFFICIENCY,
     HOP_SECONDS,
@@ -34,31 +33,40 @@ from scripts.cluster.hardware import (
     SOLVER_COLUMN_SECONDS,
     SOLVER_TFLOPS,
     USABLE_MEMORY,
+    WORKSPACE_BYTES,
     Gpu,
 )
 
 FORMULAS = """\
 Symbols: N parameters, L blocks, d hidden size, S tokens in a sequence, W GPUs, c bytes of a number
     in the compute type. hsdp is --parallel fsdp that shards within a node and copies between nodes.
-Memory: weights, gradients (under ddp a second time, in its buckets) and two Adam moments, all in
-    the type of the parameters. Under ddp, bf16_mixed also keeps bf16 copies of the matrices. fsdp
-    divides all of these by the number of GPUs (hsdp: by the GPUs of a node) and adds the weights
-    that it holds in full, in the compute type, and their gradients.
-Activations: 16 d + c (k d + 2 (q + kv) + 4 f) bytes for each token and block. The norms are in
-    float32. k counts the copies of the normalized input: 5 under autocast, otherwise 2. q and kv
-    are the widths of queries and keys, f is the width of the MLP. torch.compile keeps less. An
-    analysis runs when the activations are freed, so the larger of the two counts.
-Logits: c bytes times the vocabulary times the tokens in a chunk of the loss, and their float32
-    copy if c is 2.
+Memory: weights, gradients and two Adam moments, all in the type of the parameters. fsdp divides
+    them by the number of GPUs (hsdp: by the GPUs of a node). The peak is the largest of three:
+    1. In the loss: weights, moments, activations, logits, and the copies of weights in the compute
+       type: under ddp with bf16_mixed those of all matrices, under fsdp the embedding, the last
+       norm and the head in full. Gradients are there too under ddp, whose buckets stay, and from
+       the second micro-batch on. fsdp then holds those of all weights in full, in the type in which
+       they are summed (float32 under bf16_mixed).
+    2. At the end of a backward pass: weights, moments and gradients. fsdp also keeps all weights in
+       full if another micro-batch follows.
+    3. In an analysis: weights, moments, gradients, and what the analysis needs.
+Activations: c (5 d + q + 2 kv + 4 f) bytes for each token and block, under autocast
+    20 d + 2 (q + 2 kv) + 8 f, and for both 4 bytes for each head and 8 for the norms. q and kv are
+    the widths of queries and keys, f is the width of the MLP. torch.compile keeps c f bytes less,
+    and 8 d less under autocast.
+Logits: c bytes times the vocabulary times the tokens in a chunk of the loss, their float32 copy if
+    c is 2, and the float32 gradient of the head if there is more than one chunk. They include four
+    copies of the last hidden states (under autocast 16 d bytes for each token).
 Time of an update: computation + communication that does not overlap with it + analysis / every.
     Computation takes (6 N + 12 L d S) tokens / (peak x MFU), and at least BLOCK_SECONDS for each
     block and micro-batch ("launch-bound"). ddp's communication can overlap with the backward pass
     of the last micro-batch, which is 2/3 of its time, and fsdp's with all computation; OVERLAP is
     the fraction of these that is usable.
 Communication of an update: ddp sends 2 (W-1)/W of the gradients (ring all-reduce). fsdp sends, for
-    each micro-batch, 2 (W-1)/W of the weights in the compute type (all-gather, forward and
-    backward) and (W-1)/W of the gradients in float32 (reduce-scatter). hsdp does so within a node
-    and all-reduces each GPU's shard of the gradients between nodes. A ring that spans nodes runs
+    each update, (W-1)/W of the weights in the compute type for the first forward pass and of those
+    of the blocks for each backward pass (all-gather), and (W-1)/W of the gradients in the type in
+    which they are summed (reduce-scatter). hsdp does so within a node and all-reduces each GPU's
+    shard of the gradients between nodes. A ring that spans nodes runs
     at the bandwidth of a node's network, which its adapters share. The rings of hsdp between nodes
     have one adapter each. An all-reduce takes 2 log2 W hops (tree), the others take W-1.
 Analysis: each rank analyses the modules that alphadecay assigns to it, and the slowest rank
@@ -68,7 +76,8 @@ Analysis: each rank analyses the modules that alphadecay assigns to it, and the 
     of a node instead.
 Not included: data loading, evaluation, checkpoints, --activation_checkpointing, eigenvalues that
     need float64 products, and a few numbers in each step (token counts, the check for finite
-    gradients). No constant has been fitted to a run."""
+    gradients). The formulas of the memory describe what PyTorch's allocator hands out, on a GPU or
+    rehearsed without one; no constant of time has been fitted to a run."""
 
 
 # --------------------------------------------------------------------------------------- model
@@ -139,10 +148,25 @@ def compute_bytes(dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the GPU that needs the most memory."""
+    """Bytes on the GPU that needs the most memory.
+
+    Args:
+        weights: stored weights.
+        copies: weights in full or in the compute type, while the loss is computed.
+        gradients: at the end of a backward pass.
+        held_gradients: those that are there while the loss is computed.
+        gathered: weights in full at the end of a backward pass that another micro-batch follows.
+        moments: of the optimizer.
+        activations: what the blocks keep for the backward pass.
+        logits: what the loss needs.
+        analysis: what an analysis needs, with the gradients that are there.
+    """
 
     weights: float
+    copies: float
     gradients: float
+    held_gradients: float
+    gathered: float
     moments: float
     activations: float
     logits: float
@@ -151,12 +175,21 @@ class Memory:
     @property
     def peak(self) -> float:
         """Bytes at the moment of the highest use."""
-        transient = max(self.activations + self.logits, self.analysis)
-        return self.weights + self.gradients + self.moments + transient
+        in_the_loss = self.copies + self.held_gradients + self.activations + self.logits
+        after_backward = self.gradients + self.gathered
+        state = self.weights + self.moments + WORKSPACE_BYTES.value
+        return state + max(in_the_loss, after_backward, self.analysis)
 
 
 def estimate_memory(
-    model: Model, parallel: str, gpus: int, micro_batch: int, length: int, dtype: str
+    model: Model,
+    parallel: str,
+    gpus: int,
+    micro_batch: int,
+    length: int,
+    dtype: str,
+    micro_batches: int = 1,
+    compiled: bool = True,
 ) -> Memory:
     """Return the memory of a training step; see FORMULAS.
 
@@ -167,30 +200,51 @@ def estimate_memory(
         micro_batch: sequences in a micro-batch of one GPU.
         length: tokens in a sequence.
         dtype: as in torchrun_main.py.
+        micro_batches: micro-batches of each GPU in an update.
+        compiled: the blocks are compiled, `--compile on`.
     """
     stored, compute = parameter_bytes(dtype), compute_bytes(dtype)
-    vocabulary, blocks = model.config.vocab_size, model.config.num_hidden_layers
-    tokens = micro_batch * length
-    chunk = min(tokens, CHUNK_BYTES["cuda"] // (4 * vocabulary))
-    state = model.parameters * stored
+    tokens, several = micro_batch * length, micro_batches > 1
+    state = model.parameters * stored / shard_size(parallel, gpus)
     if parallel == "ddp":
         copies = model.matrix_parameters * compute if dtype == "bf16_mixed" else 0
-        weights, moments = state + copies, 2 * state
-        gradients = state * (2 if gpus > 1 else 1)
+        gradients, gathered, own_gradients = state, 0, state
+        held = state if several or gpus > 1 else 0
     else:
-        sharded = state / shard_size(parallel, gpus)
-        full_blocks = min(FSDP_BLOCKS.value, blocks) * model.block_parameters
-        full = (model.parameters_outside_blocks + full_blocks) * compute
-        weights = gradients = sharded + full
-        moments = 2 * sharded
+        copies = model.parameters_outside_blocks * compute
+        whole = model.parameters * stored  # under bf16_mixed they are summed in float32, too
+        gradients, held = (whole, whole) if several else (state, 0)
+        gathered = model.parameters * compute if several else 0
+        own_gradients = state
     return Memory(
-        weights=weights,
+        weights=state,
+        copies=copies,
         gradients=gradients,
-        moments=moments,
-        activations=tokens * blocks * activation_bytes(model.config, dtype),
-        logits=chunk * vocabulary * (compute + (4 if compute < 4 else 0)),
-        analysis=analysis_memory(model, parallel, gpus, dtype),
+        held_gradients=held,
+        gathered=gathered,
+        moments=2 * state,
+        activations=tokens
+        * model.config.num_hidden_layers
+        * activation_bytes(model.config, dtype, compiled),
+        logits=loss_memory(model.config, tokens, dtype),
+        analysis=own_gradients + analysis_memory(model, parallel, gpus, dtype),
     )
+
+
+def loss_memory(config: LlamaConfig, tokens: int, dtype: str) -> float:
+    """Return the bytes that the chunked loss of a micro-batch needs; see FORMULAS.
+
+    Args:
+        config: sizes of the model.
+        tokens: tokens of the micro-batch.
+        dtype: as in torchrun_main.py.
+    """
+    compute = compute_bytes(dtype)
+    chunk = min(tokens, CHUNK_BYTES["cuda"] // (4 * config.vocab_size))
+    logits = chunk * config.vocab_size * (compute + (4 if compute < 4 else 0))
+    hidden = tokens * config.hidden_size * (16 if dtype == "bf16_mixed" else 4 * compute)
+    several = 4 * config.vocab_size * config.hidden_size if tokens > chunk else 0
+    return logits + hidden + several
 
 
 def shard_size(parallel: str, gpus: int) -> int:
@@ -198,12 +252,18 @@ def shard_size(parallel: str, gpus: int) -> int:
     return {"ddp": 1, "fsdp": gpus, "hsdp": int(GPUS_PER_NODE.value)}[parallel]
 
 
-def activation_bytes(config: LlamaConfig, dtype: str) -> int:
-    """Return the bytes that one block keeps of one token for the backward pass."""
-    d, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
-    copies = 5 if dtype == "bf16_mixed" else 2
-    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * head_dim
-    return 16 * d + compute_bytes(dtype) * (copies * d + attention + 4 * config.intermediate_size)
+def activation_bytes(config: LlamaConfig, dtype: str, compiled: bool) -> int:
+    """Return the bytes that one block keeps of one token for the backward pass; see FORMULAS."""
+    d, heads = config.hidden_size, config.num_attention_heads
+    attention = (heads + 2 * config.num_key_value_heads) * (d // heads)
+    # Compiled, silu(gate) is computed again.
+    mlp = (3 if compiled else 4) * config.intermediate_size
+    statistics = 4 * heads + 8  # of the attention's softmax and of the two norms, float32
+    if dtype != "bf16_mixed":
+        return compute_bytes(dtype) * (5 * d + attention + mlp) + statistics
+    # The residual stream is in float32, and each projection has a bf16 copy of its input; compiled,
+    # projections with the same input share it.
+    return (12 if compiled else 20) * d + 2 * (attention + mlp) + statistics
 
 
 def analysis_memory(model: Model, parallel: str, gpus: int, dtype: str) -> float:
@@ -296,9 +356,13 @@ def step_traffic(
         return cluster.all_reduce(size, math.ceil(size / BUCKET_BYTES.value))
     groups = model.config.num_hidden_layers + 1  # one for each block, and one for the rest
     shards = replace(cluster, gpus=shard_size(parallel, cluster.gpus))
-    bytes_per_parameter = 2 * compute_bytes(dtype) + 4
-    sent = micro_batches * shards.fraction_of_others * model.parameters * bytes_per_parameter
-    hops = 3 * micro_batches * groups * (shards.gpus - 1)
+    # After the forward pass of a micro-batch the blocks are gathered again for its backward pass,
+    # after which they stay gathered until the next one's forward pass is over.
+    in_blocks = model.parameters - model.parameters_outside_blocks
+    gathered = compute_bytes(dtype) * (model.parameters + micro_batches * in_blocks)
+    reduced = parameter_bytes(dtype) * model.parameters
+    sent = shards.fraction_of_others * (gathered + reduced)
+    hops = (2 + micro_batches) * groups * (shards.gpus - 1)
     seconds = sent / shards.ring_bandwidth + hops * HOP_SECONDS.value
     if parallel == "hsdp":
         nodes = Cluster(
@@ -306,7 +370,7 @@ def step_traffic(
             gpus=cluster.gpus // shards.gpus,
             network=cluster.network,
         )
-        node_bytes, node_seconds = nodes.all_reduce(4 * model.parameters / shards.gpus, groups)
+        node_bytes, node_seconds = nodes.all_reduce(reduced / shards.gpus, groups)
         return sent + node_bytes, seconds + node_seconds
     return sent, seconds
 
@@ -396,6 +460,7 @@ class Training:
         dtype: as in torchrun_main.py.
         analysis_interval: updates between two analyses.
         mfu: fraction of the peak rate that a training step reaches.
+        compiled: the blocks are compiled.
     """
 
     total_batch_size: int
@@ -403,6 +468,7 @@ class Training:
     dtype: str
     analysis_interval: int
     mfu: float
+    compiled: bool = True
 
 
 def computation_seconds(
@@ -500,7 +566,17 @@ def make_plan(model: Model, parallel: str, cluster: Cluster, training: Training)
     sequences, usable = batch // gpus, gpu.memory * 1e9 * USABLE_MEMORY.value
     sizes = [2**k for k in range(sequences.bit_length()) if sequences % 2**k == 0]
     memories = {
-        size: estimate_memory(model, parallel, gpus, size, training.length, dtype) for size in sizes
+        size: estimate_memory(
+            model,
+            parallel,
+            gpus,
+            size,
+            training.length,
+            dtype,
+            sequences // size,
+            training.compiled,
+        )
+        for size in sizes
     }
     fitting = [size for size in sizes if memories[size].peak <= usable]
     if not fitting:

@@ -67,10 +67,8 @@ BUCKET_BYTES = Assumption(
 OVERLAP = Assumption(
     0.8, "fraction of the computation that communication can overlap with", "assumed"
 )
-FSDP_BLOCKS = Assumption(
-    2,
-    "blocks whose weights fsdp holds in full at a time, besides embedding, head and last norm",
-    "torch prefetches one block",
+WORKSPACE_BYTES = Assumption(
+    32 * 2**20, "workspace of cuBLAS, bytes", "PyTorch's default on an H100"
 )
 SOLVER_COLUMN_SECONDS = Assumption(
     20e-6,

@@ -115,7 +115,8 @@ def table_row(plan: Plan, analysis_interval: int, remark: str) -> list[str]:
     memory = ["-"] * 6
     if plan.memory:
         m = plan.memory
-        parts = (m.weights, m.gradients, m.moments, m.activations, m.logits, m.peak)
+        weights, gradients = m.weights + m.copies, max(m.gradients, m.held_gradients)
+        parts = (weights, gradients, m.moments, m.activations, m.logits, m.peak)
         memory = [f"{part / 1e9:.1f}" for part in parts]
     if plan.problem:
         return [*first, *memory, *["-"] * 6, remark]
@@ -147,7 +148,7 @@ def describe_assumptions(args: argparse.Namespace, formulas: str) -> str:
         f"in float32 (NVIDIA's data sheet); {gpu.link:g} GB/s to its node, and "
         f"{args.network or gpu.network:g} GB/s from a node to the network in one direction (DGX)",
         f"{args.total_batch_size} sequences of {args.max_length} tokens in an update, "
-        f"{args.dtype}, "
+        f"{args.dtype}, blocks {'compiled' if args.compile == 'on' else 'not compiled'}, "
         f"an analysis every {args.every} updates",
     ]
     lines += [
@@ -215,6 +216,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="bf16_mixed",
         help="as in torchrun_main.py (default bf16_mixed)",
     )
+    add(
+        "--compile",
+        choices=("on", "off"),
+        default="on",
+        help="whether the blocks are compiled (default on)",
+    )
     add("--total_batch_size", type=int, default=512, help="sequences in an update (default 512)")
     add("--max_length", type=int, default=256, help="tokens in a sequence (default 256)")
     add("--every", type=int, default=500, help="updates between two analyses (default 500)")
@@ -251,7 +258,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from scripts.cluster import cost_model
 
     training = cost_model.Training(
-        args.total_batch_size, args.max_length, args.dtype, args.every, args.mfu
+        args.total_batch_size,
+        args.max_length,
+        args.dtype,
+        args.every,
+        args.mfu,
+        args.compile == "on",
     )
     gpu, rows, results = GPUS[args.gpu], [], []
     for model in map(cost_model.read_model, args.configs):

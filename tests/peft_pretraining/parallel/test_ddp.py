@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from peft_pretraining.parallel.ddp import data_parallel
+from peft_pretraining.parallel.ddp import data_parallel, zero_gradients
+from peft_pretraining.parallel.fsdp import exchange_gradients
 from peft_pretraining.parallel.process_group import DistributedContext
 
 CPU = torch.device("cpu")
@@ -47,3 +48,25 @@ def test_gradients_are_checked_and_not_averaged(group_of_one):
     inputs[0, 1] = math.nan
     parallel(inputs).sum().backward()
     assert math.isnan(checked[2])
+
+
+def test_gradients_stay_in_their_buckets(group_of_one):
+    """Also where a micro-batch exchanges nothing: new ones beside the buckets double the memory."""
+    model = nn.Linear(3, 2)
+    ranks = DistributedContext(0, 0, 2, CPU)
+    parallel = data_parallel(model, lambda value: None, ranks, first_pass)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inputs = torch.tensor([[1.0, 2.0, 3.0]])
+    parallel(inputs).sum().backward()
+    zero_gradients(parallel, optimizer)
+    places = [p.grad.data_ptr() for p in model.parameters()]
+    for _ in range(2):
+        for exchanges in (False, True):
+            with exchange_gradients(parallel, exchanges):
+                parallel(inputs).sum().backward()
+            assert [p.grad.data_ptr() for p in model.parameters()] == places
+        assert model.weight.grad.tolist() == [[2.0, 4.0, 6.0]] * 2
+        zero_gradients(parallel, optimizer)
+        assert not model.weight.grad.any()
+    zero_gradients(model, optimizer)
+    assert model.weight.grad is None
