@@ -632,7 +632,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
             #    that the ratios between the modules stay as the analysis assigned them.
             with scaled_decays(optimizer, decay_factor):
                 optimizer.step()
-            zero_gradients(parallel, optimizer)
+            zero_gradients(parallel, optimizer, len(micro_batches))
             log.advance()
             # The running statistics of BatchNorm were changed in the forward pass. If the update
             # was skipped they are restored.

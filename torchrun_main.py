@@ -556,7 +556,7 @@ def train(args: argparse.Namespace, run: Run, progress: dict, ranks: Distributed
 
             # 8. Optimizer step.
             optimizer.step()
-            zero_gradients(parallel, optimizer)
+            zero_gradients(parallel, optimizer, len(step.micro_batches))
             log.advance()
             last = update == args.num_training_steps
             logs, evaluates, saves = (

@@ -5,6 +5,7 @@ of the negative log-likelihoods (nats) as a float32 scalar. `plain_loss` is the 
 the logits of all n tokens and their gradients: 2 GB each for 16,384 tokens and 32,000 words.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from peft_pretraining.errors import UserError
 
+# What computes losses and gradients of the logits [n, V] of a chunk, given the targets [n, 1].
+SoftmaxMinusOneHot = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 # Size of the float32 logits of one chunk. On a GPU a chunk must be large enough to keep it busy;
 # on a CPU a smaller one already is.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -31,11 +34,21 @@ class Chunked:
     """The loss computed for a chunk of tokens at a time, so that never all logits are in memory.
 
     The gradients are computed in the forward pass, while the logits of a chunk exist. On a CPU the
-    logits buffer is reused between calls: allocating it takes longer than filling it.
+    logits buffer is reused between calls: allocating it takes longer than filling it. On a GPU the
+    operations on the logits can be compiled.
     """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
+        self._softmax_minus_one_hot: SoftmaxMinusOneHot = _softmax_minus_one_hot
+
+    def compile(self) -> None:
+        """Compile what happens between the matrix products, except on a CPU.
+
+        The compiled kernel reads and writes the logits in their own type. Otherwise about ten
+        operations do, most of them on a copy in float32.
+        """
+        self._softmax_minus_one_hot = _compiled_softmax_minus_one_hot
 
     def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Return the summed loss; see the module's docstring."""
@@ -49,6 +62,7 @@ class Chunked:
                 weight,
                 targets,
                 self._logits_buffer(hidden, weight),
+                self._softmax_minus_one_hot,
                 torch.is_grad_enabled(),
             )
 
@@ -83,6 +97,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         buffer: Tensor,
+        softmax_minus_one_hot: SoftmaxMinusOneHot,
         with_gradients: bool,
     ) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
@@ -91,7 +106,7 @@ class _ChunkedLoss(torch.autograd.Function):
             part = hidden[start : start + len(buffer)]
             logits = torch.mm(part, weight.T, out=buffer[: len(part)])
             labels = targets[start : start + len(part), None]
-            losses, sums = _softmax_minus_one_hot(logits, labels, with_gradients)
+            losses, sums = softmax_minus_one_hot(logits, labels, with_gradients)
             loss += losses.sum()
             if gradients:
                 gradients.add(start, part, logits, sums)
@@ -100,13 +115,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
                 "the chunked loss supports one backward pass only: use --loss plain for more"
             )
-        return *gradients.scaled(factor), None, None, None
+        return *gradients.scaled(factor), None, None, None, None
 
 
 def _softmax_minus_one_hot(
@@ -139,6 +154,47 @@ def _softmax_minus_one_hot(
             part.scatter_add_(1, labels, -total)
             if part is not logits_slice:
                 logits_slice.copy_(part)
+    return losses, sums
+
+
+def _compiled_softmax_minus_one_hot(
+    logits: Tensor, targets: Tensor, with_gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute what `_softmax_minus_one_hot` computes, by a compiled kernel except on a CPU.
+
+    The number of tokens in a chunk depends on the data. It is a variable of the kernel, which is
+    compiled once for the training and once for the evaluation.
+    """
+    if logits.device.type == "cpu" or len(logits) < 2:  # a single row would be compiled apart
+        return _softmax_minus_one_hot(logits, targets, with_gradients)
+    for tensor in (logits, targets):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _whole_rows_compiled()(logits, targets, with_gradients)
+
+
+@functools.cache
+def _whole_rows_compiled() -> SoftmaxMinusOneHot:
+    # A reduction that is split rounds in another way, and whether it is split would depend on the
+    # number of tokens in the first chunk: a resumed run begins with another one.
+    options = {"split_reductions": False}
+    return torch.compile(_softmax_of_whole_rows, fullgraph=True, options=options)
+
+
+def _softmax_of_whole_rows(
+    logits: Tensor, targets: Tensor, with_gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute what `_softmax_minus_one_hot` computes, written for a compiler.
+
+    Whatever is not returned stays in registers: memory is read and written in the logits' type.
+    """
+    numbers = logits.float()
+    shifted = numbers - numbers.amax(1, keepdim=True)
+    exponentials = shifted.exp()
+    sums = exponentials.sum(1, keepdim=True)
+    losses = sums.log() - shifted.gather(1, targets)
+    if with_gradients:
+        words = torch.arange(logits.shape[1], device=logits.device)
+        logits.copy_(torch.where(words == targets, exponentials - sums, exponentials))
     return losses, sums
 
 

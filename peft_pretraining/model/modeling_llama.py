@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_pretraining.constants import IGNORE_INDEX
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import LlamaConfig, load_config, rope_of  # noqa: F401
-from peft_pretraining.model.linear_cross_entropy import LOSSES, Loss
+from peft_pretraining.model.linear_cross_entropy import LOSSES, Chunked, Loss
 
 
 def check_supported(config: LlamaConfig) -> None:
@@ -183,15 +183,17 @@ class TrainableLlama(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks with torch.compile; all blocks share one graph, for static shapes.
 
-        Only the blocks are compiled, not the whole model, so that the gradients of a block can be
-        summed over the ranks while those of the block below are computed. The names of modules and
-        parameters do not change.
+        The chunked loss is compiled, too. Otherwise only the blocks are, not the whole model, so
+        that the gradients of a block can be summed over the ranks while those of the block below
+        are computed. The names of modules and parameters do not change.
         """
         # Otherwise Dynamo splits a graph where DistributedDataParallel's buckets of gradients end,
         # so that a compiled whole model can communicate in between. A block is smaller than that.
         torch._dynamo.config.optimize_ddp = False
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        if isinstance(self.loss, Chunked):
+            self.loss.compile()
 
 
 class LlamaForCausalLM(TrainableLlama):

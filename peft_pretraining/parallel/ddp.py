@@ -61,18 +61,20 @@ def data_parallel(
     return parallel
 
 
-def zero_gradients(model: nn.Module, optimizer: Optimizer) -> None:
+def zero_gradients(model: nn.Module, optimizer: Optimizer, micro_batches: int) -> None:
     """Forget the gradients after a step of the optimizer.
 
-    The gradients of DistributedDataParallel are parts of its buckets. They are set to zero in
-    place: without exchange, a backward pass would otherwise put new gradients beside the buckets,
-    so that all of them are in memory twice.
+    The gradients of DistributedDataParallel are parts of its buckets. With several micro-batches
+    they are set to zero in place: the backward pass of the first one exchanges nothing, and would
+    otherwise put new gradients beside the buckets, so that all of them are in memory twice.
 
     Args:
         model: What `data_parallel` returned.
         optimizer: The optimizer of its parameters.
+        micro_batches: Backward passes of an update.
     """
-    optimizer.zero_grad(set_to_none=not isinstance(model, nn.parallel.DistributedDataParallel))
+    buckets = isinstance(model, nn.parallel.DistributedDataParallel)
+    optimizer.zero_grad(set_to_none=not buckets or micro_batches == 1)
 
 
 def _checked_sum(

@@ -54,9 +54,10 @@ Activations: c (5 d + q + 2 kv + 4 f) bytes for each token and block, under auto
     20 d + 2 (q + 2 kv) + 8 f, and for both 4 bytes for each head and 8 for the norms. q and kv are
     the widths of queries and keys, f is the width of the MLP. torch.compile keeps c f bytes less,
     and 8 d less under autocast.
-Logits: c bytes times the vocabulary times the tokens in a chunk of the loss, their float32 copy if
-    c is 2, and the float32 gradient of the head if there is more than one chunk. They include four
-    copies of the last hidden states (under autocast 16 d bytes for each token).
+Logits: c bytes times the vocabulary times the tokens in a chunk of the loss, and what is larger:
+    the gradient of the head, in float32 and once more in the compute type, or, if c is 2 and the
+    loss is not compiled, the logits' float32 copy. They include four copies of the last hidden
+    states (under autocast 16 d bytes for each token).
 Time of an update: computation + communication that does not overlap with it + analysis / every.
     Computation takes (6 N + 12 L d S) tokens / (peak x MFU), and at least BLOCK_SECONDS for each
     block and micro-batch ("launch-bound"). ddp's communication can overlap with the backward pass
@@ -226,25 +227,29 @@ def estimate_memory(
         activations=tokens
         * model.config.num_hidden_layers
         * activation_bytes(model.config, dtype, compiled),
-        logits=loss_memory(model.config, tokens, dtype),
+        logits=loss_memory(model.config, tokens, dtype, compiled),
         analysis=own_gradients + analysis_memory(model, parallel, gpus, dtype),
     )
 
 
-def loss_memory(config: LlamaConfig, tokens: int, dtype: str) -> float:
+def loss_memory(config: LlamaConfig, tokens: int, dtype: str, compiled: bool) -> float:
     """Return the bytes that the chunked loss of a micro-batch needs; see FORMULAS.
 
     Args:
         config: sizes of the model.
         tokens: tokens of the micro-batch.
         dtype: as in torchrun_main.py.
+        compiled: the loss is compiled, too.
     """
-    compute = compute_bytes(dtype)
+    compute, head = compute_bytes(dtype), config.vocab_size * config.hidden_size
     chunk = min(tokens, CHUNK_BYTES["cuda"] // (4 * config.vocab_size))
-    logits = chunk * config.vocab_size * (compute + (4 if compute < 4 else 0))
+    logits = chunk * config.vocab_size * compute
+    gradient = (4 + (compute if compute < 4 else 0)) * head  # the sum, and what a chunk adds
+    copy = 0 if compiled or compute == 4 else 4 * chunk * config.vocab_size
+    # The copy is there before the gradient of its chunk, but with the sum of those before.
+    most = max(gradient, copy + (4 * head if tokens > chunk else 0))
     hidden = tokens * config.hidden_size * (16 if dtype == "bf16_mixed" else 4 * compute)
-    several = 4 * config.vocab_size * config.hidden_size if tokens > chunk else 0
-    return logits + hidden + several
+    return logits + most + hidden
 
 
 def shard_size(parallel: str, gpus: int) -> int:

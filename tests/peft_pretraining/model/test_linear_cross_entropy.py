@@ -11,6 +11,10 @@ from peft_pretraining.model.linear_cross_entropy import (
     LOSSES,
     Chunked,
     _ChunkedLoss,
+    _compiled_softmax_minus_one_hot,
+    _softmax_minus_one_hot,
+    _softmax_of_whole_rows,
+    _whole_rows_compiled,
     plain_loss,
     resolve_loss,
 )
@@ -83,6 +87,54 @@ def test_bfloat16(autocast):
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype
         assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-6 * c.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_what_is_compiled_equals_its_plain_twin(dtype, with_gradients):
+    """For any number of tokens by one graph, and for the training and the evaluation one each."""
+    counters = torch._dynamo.utils.counters["stats"]
+    for n in (5, 24, 300):
+        generator = torch.Generator().manual_seed(n)
+        logits = (5 * torch.randn(n, 101, generator=generator)).to(dtype)
+        targets = torch.randint(101, (n, 1), generator=generator)
+        plain, fast, ours = logits.clone(), logits.clone(), logits.clone()
+        expected = _softmax_minus_one_hot(plain, targets, with_gradients)
+        for tensor in (fast, targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        before = counters["unique_graphs"]
+        found = _whole_rows_compiled()(fast, targets, with_gradients)
+        assert counters["unique_graphs"] - before <= (n == 5)
+        written = _softmax_of_whole_rows(ours, targets, with_gradients)
+        for results, of_logits in ((found, fast), (written, ours)):
+            torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-6)
+            if with_gradients:
+                # bfloat16: a last bit may differ where the float32 numbers differ by rounding.
+                close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {}
+                torch.testing.assert_close(of_logits, plain, **close)
+            else:
+                assert torch.equal(of_logits, logits)
+
+
+def test_compilation_reaches_the_loss(monkeypatch):
+    """A GPU gets the compiled kernel, a CPU keeps the code that fits its cache."""
+    calls = []
+    monkeypatch.setattr(
+        linear_cross_entropy, "_whole_rows_compiled", lambda: lambda *given: calls.append(given)
+    )
+    config = {"vocab_size": 101, "hidden_size": 16, "intermediate_size": 24}
+    model = build_model(
+        transformers.LlamaConfig(**config, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model.compile_blocks()
+    rows = model.loss._softmax_minus_one_hot
+    assert rows is _compiled_softmax_minus_one_hot
+    for device, count in (("cpu", 0), ("meta", 1)):
+        logits, targets = torch.zeros(3, 101, device=device), torch.ones(3, 1, device=device).long()
+        rows(logits, targets, True)
+        assert len(calls) == count
+    rows(logits[:1], targets[:1], True)
+    assert len(calls) == 1
 
 
 def test_nothing_is_kept_without_gradients():
@@ -159,7 +211,8 @@ def test_the_branch_of_other_devices(n):
     weight = torch.empty(101, 16, device="meta", requires_grad=True)
     targets = torch.empty(n, dtype=torch.long, device="meta")
     buffer = Chunked()._logits_buffer(hidden, weight)
-    loss = _ChunkedLoss.apply(hidden, weight, targets, buffer, True)  # autocast knows no meta
+    # Not called through `Chunked`, because autocast knows no meta device.
+    loss = _ChunkedLoss.apply(hidden, weight, targets, buffer, _softmax_minus_one_hot, True)
     loss.backward()
     assert loss.shape == () and hidden.grad.shape == (n, 16) and weight.grad.shape == (101, 16)
 

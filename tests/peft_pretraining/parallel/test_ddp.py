@@ -58,7 +58,7 @@ def test_gradients_stay_in_their_buckets(group_of_one):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     inputs = torch.tensor([[1.0, 2.0, 3.0]])
     parallel(inputs).sum().backward()
-    zero_gradients(parallel, optimizer)
+    zero_gradients(parallel, optimizer, 2)
     places = [p.grad.data_ptr() for p in model.parameters()]
     for _ in range(2):
         for exchanges in (False, True):
@@ -66,7 +66,7 @@ def test_gradients_stay_in_their_buckets(group_of_one):
                 parallel(inputs).sum().backward()
             assert [p.grad.data_ptr() for p in model.parameters()] == places
         assert model.weight.grad.tolist() == [[2.0, 4.0, 6.0]] * 2
-        zero_gradients(parallel, optimizer)
+        zero_gradients(parallel, optimizer, 2)
         assert not model.weight.grad.any()
-    zero_gradients(model, optimizer)
+    zero_gradients(parallel, optimizer, 1)
     assert model.weight.grad is None
