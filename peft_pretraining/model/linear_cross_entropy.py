@@ -176,8 +176,9 @@ def _compiled_softmax_minus_one_hot(
 def _whole_rows_compiled() -> SoftmaxMinusOneHot:
     # A reduction that is split rounds in another way, and whether it is split would depend on the
     # number of tokens in the first chunk: a resumed run begins with another one.
-    options = {"split_reductions": False}
-    return torch.compile(_softmax_of_whole_rows, fullgraph=True, options=options)
+    return torch.compile(
+        _softmax_of_whole_rows, fullgraph=True, options={"split_reductions": False}
+    )
 
 
 def _softmax_of_whole_rows(
