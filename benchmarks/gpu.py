@@ -1,17 +1,21 @@
-"""First check of the whole framework on one GPU, in about eight minutes.
+"""First check of the whole framework on a GPU, in about ten minutes.
 
-    bash benchmarks/gpu.sh [--minutes 8] [--rehearse]
+    bash benchmarks/gpu.sh [--minutes 10] [--rehearse]
 
 Steps, each with its own time limit; a step that fails is recorded with its error, and the others
 go on. Those of the first group run at the same time, because nothing in them is timed:
 
     tests      the tests that need a GPU (pytest -m cuda)
     alpha      alpha on the GPU beside float64 singular values on the CPU
-    resume     a run of 60m straight, twice, and one that is resumed in the middle: losses, weights
-    training   tokens per second, MFU and peak memory of 60m, 130m, 350m and 1b
+    resume     a run of 60m straight, twice, and one that is resumed in the middle: losses, weights;
+               256 and 1024 tokens a row, with and without --deterministic
+    contexts   where there are two GPUs: processes of a run on two that use GPU 0
+    training   tokens per second, MFU and peak memory (beside plan.py's) of 60m, 130m, 350m and 1b
     analysis   seconds of one spectral analysis, beside torch.linalg.svdvals over every Linear
     vision     images per second of main_vit.py with DeiT-tiny on JPEG files
-    profile    the kernels that take the most time in an update of 60m
+    profile    the kernels that take the most time in an update of 60m and of 1b
+
+At the end a table compares what was measured with the goals.
 
 Results: $OUT/gpu.json, or benchmarks/results/gpu_DEVICE.json where OUT is not set. The file is
 written anew after each result. The output of every command goes to gpu_log.txt beside it.
@@ -276,9 +280,29 @@ def run_part(bench: Bench, part: str, limit: float, *more: object) -> str:
     return bench.run([sys.executable, __file__, "--part", part, *flags, *more], limit)
 
 
-def llama(bench: Bench, size: str, folder: Path, batch: int, updates: int, *more: object) -> list:
-    """Return the command that trains a LLaMA on the corpus. batch: rows in a micro-batch."""
-    rows, length = (ROWS, LENGTH) if not bench.rehearse else (4, 64)
+def llama(
+    bench: Bench,
+    size: str,
+    folder: Path,
+    batch: int,
+    updates: int,
+    *more: object,
+    length: int = LENGTH,
+) -> list:
+    """Return the command that trains a LLaMA on the corpus.
+
+    Args:
+        bench: the settings.
+        size: of the model.
+        folder: of the run.
+        batch: rows of 256 tokens in a micro-batch; fewer where a row is longer.
+        updates: number of updates.
+        more: more flags.
+        length: tokens in a row.
+    """
+    rows, batch = ROWS * LENGTH // length, max(1, batch * LENGTH // length)
+    if bench.rehearse:
+        rows, length = 4, length // 4
     command: list = [sys.executable, "torchrun_main.py"]
     if bench.rehearse:
         size, batch = "9m", 2
@@ -292,35 +316,36 @@ def llama(bench: Bench, size: str, folder: Path, batch: int, updates: int, *more
     ]  # fmt: skip
 
 
-def resume(bench: Bench, compiled: str) -> None:
-    """Compare a straight run of 12 updates with a second one and with one resumed after 6.
+# --compile, tokens in a row, --deterministic. --deterministic is promised to be bit for bit.
+RESUMES = (
+    ("on", 256, True),
+    ("on", 1024, True),
+    ("on", 256, False),
+    ("on", 1024, False),
+    ("off", 256, False),
+)
 
-    The loss is named, because `auto` measures which is the fastest, and the runs share the GPU.
-    """
+
+def resume(bench: Bench, compiled: str, length: int, deterministic: bool) -> None:
+    """Compare a straight run of 12 updates with a second one and with one resumed after 6."""
+    kind = resume_name(compiled, length, deterministic)
     folders = {
-        name: bench.work / f"resume_{compiled}_{name}" for name in ("straight", "again", "resumed")
+        name: bench.work / f"resume {kind} {name}" for name in ("straight", "again", "resumed")
     }
-    flags = [
-        "--loss",
-        "chunked",
-        "--compile",
-        compiled,
-        "--dtype",
-        "bf16_mixed",
-        "--method",
-        "alphadecay",
-    ]
-    flags += ["--unbalancedWD_every", 4, "--save_every", 6]
+    flags = ["--compile", compiled, "--dtype", "bf16_mixed", "--method", "alphadecay"]
+    flags += ["--unbalancedWD_every", "4", "--save_every", "6"]
+    flags += ["--deterministic"] * deterministic
 
     def train(name: str, *more: object) -> None:
-        bench.run(llama(bench, "60m", folders[name], 64, 12, *flags, *more), 120)
+        command = llama(bench, "60m", folders[name], 64, 12, *flags, *more, length=length)
+        bench.run(command, 150)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(train, ("straight", "again")))
     train("resumed", "--continue_from", folders["straight"] / "checkpoints/model_6")
     for other in ("again", "resumed"):
         result = compare(folders["straight"], folders[other], 6 if other == "resumed" else 0)
-        bench.results.add("resume", f"compile {compiled}, {other}", result)
+        bench.results.add("resume", f"{kind}, {other}", result)
         equal = result["weights_equal"] and result["largest_loss_difference"] == 0
         note = (
             f"{result['updates']} updates, losses differ by up to "
@@ -328,8 +353,37 @@ def resume(bench: Bench, compiled: str) -> None:
             f"weights {'equal' if result['weights_equal'] else 'differ'}; "
             f"files that differ: {', '.join(result['files_that_differ']) or 'none'}"
         )
-        step = f"{'resume' if other == 'resumed' else 'second run'}, compile {compiled}"
+        step = f"{'resume' if other == 'resumed' else 'second run'}, {kind}"
         bench.results.line(step, "bit for bit" if equal else "DIFFERS", note)
+
+
+def resume_name(compiled: str, length: int, deterministic: bool) -> str:
+    """Return the name of a resume step in the results."""
+    return f"compile {compiled}, {length} tokens" + ", deterministic" * deterministic
+
+
+def contexts(bench: Bench) -> None:
+    """Count the processes of a run on two GPUs that use GPU 0: it must be one."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        return bench.results.line("contexts", "not tested", "there are not two GPUs")
+    folder = bench.work / "contexts"
+    command = llama(bench, "60m", folder, 64, 1000, "--esd_async", "--unbalancedWD_every", 4)
+    command.remove("--single_cuda")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+    def counted() -> bool:
+        """Count, once analyses have been made."""
+        if len(updates_of(folder)) < 20:
+            return False
+        query = ["nvidia-smi", "-i", "0", "--query-compute-apps=pid", "--format=csv,noheader"]
+        pids = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        bench.results.add("contexts", "processes on GPU 0", len(pids))
+        bench.results.line("contexts", f"{len(pids)} process(es)", "on GPU 0, of two ranks")
+        return True
+
+    bench.run([*launcher, *command[1:]], 100, until=counted)
 
 
 def compare(straight: Path, other: Path, after: int) -> dict:
@@ -388,9 +442,11 @@ def training(bench: Bench) -> None:
                     ):
                         raise
                     batch //= 2
+            result["planned_memory_bytes"] = planned_memory(bench, size, batch, dtype)
             bench.results.add("training", name, result)
             note = (
-                f"MFU {result['mfu']:.1%}, peak {gib(result['peak_memory_bytes'])}, "
+                f"MFU {result['mfu']:.1%}, peak {gib(result['peak_memory_bytes'])} "
+                f"(plan.py: {gib(result['planned_memory_bytes'])}), "
                 f"micro-batch {batch}, "
                 f"loss {result['loss_kind']}, update {result['seconds_an_update']:.3f} s, "
                 f"analysis {result['analysis_seconds']:.2f} s, "
@@ -399,6 +455,14 @@ def training(bench: Bench) -> None:
             bench.results.line(
                 f"training {name}", f"{result['tokens_per_second']:,.0f} tokens/s", note
             )
+
+
+def planned_memory(bench: Bench, size: str, batch: int, dtype: str) -> float:
+    """Return the peak memory that plan.py expects for the blocks compiled on one GPU, bytes."""
+    from scripts.cluster.cost_model import estimate_memory, read_model
+
+    model = read_model(str(ROOT / f"configs/llama_{'9m' if bench.rehearse else size}.json"))
+    return estimate_memory(model, "ddp", 1, batch, LENGTH, dtype, ROWS // batch).peak
 
 
 def train_once(bench: Bench, size: str, dtype: str, method: str, batch: int, updates: int) -> dict:
@@ -542,13 +606,13 @@ def write_images(folder: Path, distinct: int, each: int) -> None:
                 small.resize((500, 400), Image.Resampling.BICUBIC).save(path, quality=85)
 
 
-def profile(bench: Bench) -> None:
-    """Profile updates 4 to 6 of 60m and list the kernels that take the most time."""
-    folder = bench.work / "profile"
+def profile(bench: Bench, size: str, batch: int) -> None:
+    """Profile updates 4 to 6 of a model and list the kernels that take the most time."""
+    folder = bench.work / f"profile_{size}"
     flags = ["--profile", "--dtype", "bf16_mixed", "--compile", "off" if bench.rehearse else "on"]
     flags += ["--method", "alphadecay", "--unbalancedWD_every", 100]
     path = folder / "profile/rank0.json.gz"
-    text = bench.run(llama(bench, "60m", folder, 256, 7, *flags), 100)
+    text = bench.run(llama(bench, size, folder, batch, 7, *flags), 100)
     if not path.exists():
         raise Failure(f"no trace was written\n{last_lines(text)}")
     with gzip.open(path, "rt", errors="replace") as file:
@@ -574,7 +638,7 @@ def profile(bench: Bench) -> None:
     ]
     bench.results.add(
         "profile",
-        "60m",
+        size,
         {
             "top": rows,
             "kernel_ms": everything / 1e3,
@@ -583,7 +647,7 @@ def profile(bench: Bench) -> None:
         },
     )
     note = f"{len(kernels)} kernels of 3 updates in {span / 1e3:.0f} ms"
-    bench.results.line("profile, GPU busy", f"{everything / span:.1%}", note)
+    bench.results.line(f"profile {size}, GPU busy", f"{everything / span:.1%}", note)
     for row in rows:
         note = f"{row['ms']:.1f} ms, {row['calls']} calls"
         bench.results.line(f"  {row['kernel'][:70]}", f"{row['share']:.1%}", note)
@@ -775,9 +839,10 @@ def correctness(bench: Bench) -> None:
         pool.submit(guarded, "alpha", "", lambda: alpha(bench))
         data = pool.submit(guarded, "data", "", lambda: make_corpus(bench))
         data.result()
-        for compiled in ("off",) if bench.rehearse else ("off", "on"):
-            kind = f"compile {compiled}"
-            pool.submit(guarded, "resume", kind, lambda compiled=compiled: resume(bench, compiled))
+        for case in RESUMES[-1:] if bench.rehearse else RESUMES:
+            pool.submit(
+                guarded, "resume", resume_name(*case), lambda case=case: resume(bench, *case)
+            )
 
 
 def main() -> None:
@@ -785,7 +850,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--minutes", type=float, default=8, help="after which no step goes on (default 8)"
+        "--minutes", type=float, default=10, help="after which no step goes on (default 10)"
     )
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--part", choices=("alpha", "analysis"), help=argparse.SUPPRESS)
@@ -810,12 +875,16 @@ def main() -> None:
                 analysis(bench)
             with bench.guarded("vision"):
                 vision(bench)
-            with bench.guarded("profile"):
-                profile(bench)
+            for size, batch in (("60m", 256), ("1b", 32)):
+                with bench.guarded("profile", size):
+                    profile(bench, size, batch)
+            with bench.guarded("contexts"):
+                contexts(bench)
         finally:
             bench.kill_all()
             results.add("end", "minutes_left", round(bench.remaining / 60, 2))
             print_table(results)
+            print_goals(results.data["steps"])
 
 
 def print_table(results: Results) -> None:
@@ -826,6 +895,70 @@ def print_table(results: Results) -> None:
     )
     for step, measured, note in [("step", "measured", "note"), *results.table]:
         print(f"{step.ljust(width[0])}  {measured.ljust(width[1])}  {note}", flush=True)
+
+
+MFU_GOALS = {"60m": 0.40, "130m": 0.45, "350m": 0.50, "1b": 0.55}
+ALPHA_GOAL = 1e-6  # relative deviation from float64 singular values, with condition 1e3 to 1e12
+MEMORY_GOAL = 0.10  # largest relative difference between plan.py and the measured peak
+ANALYSIS_GOAL = 0.01  # of the time, with an analysis in 500 updates
+
+
+def goals(steps: dict) -> list[tuple[str, str, str, bool | None]]:
+    """Compare results with the goals.
+
+    Args:
+        steps: the results by step, as in the file of results.
+
+    Returns:
+        Rows of goal, aim, what was measured, and whether it holds; None if it was not measured.
+    """
+    rows: list[tuple[str, str, str, bool | None]] = []
+
+    def row(goal: str, aim: str, measured: str | None, holds: bool = False) -> None:
+        rows.append((goal, aim, measured or "-", None if measured is None else holds))
+
+    tests = steps.get("tests", {})
+    last = tests["output"].splitlines()[-1] if tests.get("output") else None
+    row("tests that need a GPU", "pass", last, "error" not in tests and "passed" in (last or ""))
+    matrices = steps.get("alpha", {}).get("matrices", [])
+    worst = max((m["alpha_training"] for m in matrices), default=None)
+    row("alpha", f"within {ALPHA_GOAL:g}", worst and f"{worst:.1e}", (worst or 0) <= ALPHA_GOAL)
+    for case in RESUMES:
+        if case[2]:
+            found = [
+                steps.get("resume", {}).get(f"{resume_name(*case)}, {other}")
+                for other in ("again", "resumed")
+            ]
+            equal = all(
+                r and r["weights_equal"] and not r["largest_loss_difference"] for r in found
+            )
+            text = ("bit for bit" if equal else "differs") if all(found) else None
+            row(f"resume, {resume_name(*case)}", "bit for bit", text, equal)
+    for size, aim in MFU_GOALS.items():
+        result = steps.get("training", {}).get(f"{size} bf16_mixed alphadecay")
+        mfu = result and f"{result['mfu']:.1%}"
+        row(f"MFU, {size}", f"{aim:.0%}", mfu, bool(result) and result["mfu"] >= aim)
+        if not result:
+            continue
+        ratio = result["planned_memory_bytes"] / result["peak_memory_bytes"] - 1
+        aim_text = f"within {MEMORY_GOAL:.0%}"
+        row(f"plan.py's memory, {size}", aim_text, f"{ratio:+.1%}", abs(ratio) <= MEMORY_GOAL)
+        share = result["analysis_seconds"] / 500 / result["seconds_an_update"]
+        row(f"analysis, {size}", f"{ANALYSIS_GOAL:.0%}", f"{share:.2%}", share <= ANALYSIS_GOAL)
+    processes = steps.get("contexts", {}).get("processes on GPU 0")
+    row("processes on GPU 0", "1", processes and str(processes), processes == 1)
+    return rows
+
+
+def print_goals(steps: dict) -> None:
+    """Print the table of goals."""
+    words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
+    lines = [("goal", "aim", "measured", "")]
+    lines += [(*texts, words[holds]) for *texts, holds in goals(steps)]
+    width = [max(len(line[i]) for line in lines) for i in range(3)]
+    print()
+    for line in lines:
+        print("  ".join([*(line[i].ljust(width[i]) for i in range(3)), line[3]]).rstrip())
 
 
 if __name__ == "__main__":
