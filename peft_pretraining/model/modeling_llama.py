@@ -20,6 +20,8 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import LlamaConfig, load_config, rope_of  # noqa: F401
 from peft_pretraining.model.linear_cross_entropy import LOSSES, Chunked, Loss
 
+CAUSAL_ATTENTION = "causal_sdpa"  # name of an attention function of transformers' models
+
 
 def check_supported(config: LlamaConfig) -> None:
     """Check that this model implements everything that the config asks for.
@@ -315,6 +317,12 @@ def build_model(config: LlamaConfig, use_hf_model: bool = False) -> TrainableLla
         return LlamaForCausalLM(config)
     # Imported only here: transformers' model takes seconds to import.
     import transformers
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # It is transformers' own attention. Under another name it gets no mask and is causal, and
+    # transformers does not ask the device in every pass whether the sequences are packed, for which
+    # the host would have to wait.
+    transformers.AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
 
     class TransformersLlamaWithLoss(TrainableLlama, transformers.LlamaForCausalLM):
         def forward(
@@ -328,6 +336,7 @@ def build_model(config: LlamaConfig, use_hf_model: bool = False) -> TrainableLla
                 return self.lm_head(hidden)
             return self.summed_loss(hidden, labels, positions)
 
-    model = TransformersLlamaWithLoss(transformers.LlamaConfig(**config.to_dict()))
+    values = config.to_dict() | {"attn_implementation": CAUSAL_ATTENTION}
+    model = TransformersLlamaWithLoss(transformers.LlamaConfig(**values))
     model.set_loss("chunked")
     return model

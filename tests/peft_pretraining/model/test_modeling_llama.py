@@ -34,6 +34,20 @@ def batch(pads=True, rows=3, length=20):
     return ids, labels
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}])
+def test_the_model_of_transformers_is_not_asked_for_packed_sequences(changes, monkeypatch):
+    """The host would wait for a GPU in every pass. The logits stay those of transformers."""
+    torch.manual_seed(0)
+    ours = build_model(config_of(**changes), use_hf_model=True)
+    theirs = transformers.LlamaForCausalLM(config_of(**changes))
+    theirs.load_state_dict(ours.state_dict())
+    ids, _ = batch()
+    expected = theirs(ids).logits
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", pytest.fail)
+    assert torch.equal(ours(ids), expected)
+    assert not any("attn" in key for key in ours.config.to_dict())
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"rope_theta": 5e5}],
