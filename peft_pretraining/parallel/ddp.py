@@ -52,12 +52,14 @@ def data_parallel(
         gradient_as_bucket_view=True,  # otherwise the gradients are in memory twice
         **no_buffers,
     )
-    parallel.register_comm_hook(None, _checked_sum(check_gradients))
+    checked_sum = _CheckedSum(check_gradients)
+    parallel.register_comm_hook(None, checked_sum.of_bucket)
     # After its first pass, DistributedDataParallel packs the gradients into new buckets and may
     # add them in another order from then on. A resumed run must add in the same order as the run
     # that it continues, so every run makes that pass here.
     first_pass(parallel).backward()
     model.zero_grad()
+    checked_sum.overlaps = True
     return parallel
 
 
@@ -77,19 +79,27 @@ def zero_gradients(model: nn.Module, optimizer: Optimizer, micro_batches: int) -
     optimizer.zero_grad(set_to_none=not buckets or micro_batches == 1)
 
 
-def _checked_sum(
-    check_gradients: Callable[[Tensor], None],
-) -> Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]:
-    """Return a communication hook that checks a bucket of gradients and then sums it over ranks."""
+class _CheckedSum:
+    """A communication hook that checks a bucket of gradients and then sums it over the ranks.
 
-    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    Args:
+        check_gradients: see `data_parallel`.
+
+    Attributes:
+        overlaps: False in the first pass, whose buckets are replaced. Nothing waits for their sums,
+            and NCCL would keep the memory of the buckets until a later exchange finds it unused.
+    """
+
+    def __init__(self, check_gradients: Callable[[Tensor], None]):
+        self._check_gradients = check_gradients
+        self.overlaps = False
+
+    def of_bucket(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Sum a bucket over the ranks; the signature is that of torch's hooks."""
         gradients = bucket.buffer()
         # One pass by BLAS. The result is not finite as soon as one gradient is not finite.
-        check_gradients(torch.dot(gradients, gradients))
-        return (
-            dist.all_reduce(gradients, async_op=True)
-            .get_future()
-            .then(lambda future: future.value()[0])
-        )
-
-    return hook
+        self._check_gradients(torch.dot(gradients, gradients))
+        work = dist.all_reduce(gradients, async_op=True)
+        if not self.overlaps:
+            work.wait()
+        return work.get_future().then(lambda future: future.value()[0])
