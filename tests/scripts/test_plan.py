@@ -58,7 +58,8 @@ def test_memory_of_130m(m130):
     assert (ddp.weights, ddp.copies, ddp.moments) == (4 * N, 2 * m130.matrix_parameters, 8 * N)
     assert ddp.gradients == ddp.held_gradients == 4 * N
     in_blocks = 4 * 256 * LAYERS * (26 * D + 8 * F + 4 * 12 + 8)
-    assert ddp.activations == in_blocks and ddp.logits == 4 * 256 * (6 * V + 16 * D)
+    head = 4 * 256 * (2 * V + 16 * D) + V * D * (4 + 2)
+    assert ddp.activations == in_blocks and ddp.logits == head
     assert ddp.peak == 16 * N + ddp.copies + in_blocks + ddp.logits + 2**25
     fsdp = cost_model.estimate_memory(m130, "fsdp", 8, 4, 256, "bf16_mixed")
     assert (fsdp.weights, fsdp.gradients, fsdp.moments) == (4 * N / 8, 4 * N / 8, 8 * N / 8)
