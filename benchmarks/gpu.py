@@ -9,11 +9,11 @@ go on. Those of the first group run at the same time, because nothing in them is
     alpha      alpha on the GPU beside float64 singular values on the CPU
     resume     a run of 60m straight, twice, and one that is resumed in the middle: losses, weights;
                256 and 1024 tokens a row, with and without --deterministic
-    contexts   where there are two GPUs: processes of a run on two that use GPU 0
     training   tokens per second, MFU and peak memory (beside plan.py's) of 60m, 130m, 350m and 1b
     analysis   seconds of one spectral analysis, beside torch.linalg.svdvals over every Linear
     vision     images per second of main_vit.py with DeiT-tiny on JPEG files
     profile    the kernels that take the most time in an update of 60m and of 1b
+    contexts   where there are two GPUs: processes of a run on two that use GPU 0
 
 At the end a table compares what was measured with the goals.
 

@@ -77,7 +77,7 @@ def test_memory_of_130m(m130):
 
 @pytest.mark.parametrize("number", range(len(PEAKS)), ids=list(PEAKS))
 def test_the_peak_is_that_of_the_allocator(number):
-    """Within 10 % of what PyTorch's allocator for GPUs handed out at most, in every setting."""
+    """Within 5 % of what PyTorch's allocator for GPUs handed out at most, in every setting."""
     setting, measured = list(PEAKS.items())[number]
     size, parallel, gpus, micro_batches, micro_batch, compiled, dtype = setting.split()
     model = cost_model.read_model(f"configs/llama_{size}.json")
@@ -94,7 +94,7 @@ def test_the_peak_is_that_of_the_allocator(number):
             int(micro_batches),
             compiled == "compiled",
         )
-    assert planned.peak == pytest.approx(measured, rel=0.1)
+    assert planned.peak == pytest.approx(measured, rel=0.05)
 
 
 def test_wire_of_130m(m130):
@@ -187,7 +187,7 @@ def test_the_fastest_feasible_plan(m130, m7b):
     assert (
         "one sequence" in advice(m7b, 1).problem and "one sequence" in plan(m7b, "ddp", 8).problem
     )
-    assert plan(m7b, "ddp", 8, kind="H200").problem is None  # 122 of 132 GB
+    assert plan(m7b, "ddp", 8, kind="H200").problem is None  # 123 of 132 GB
     assert plan(m7b, "ddp", 8, dtype="bfloat16").problem is None  # 55 of 75 GB
 
 

@@ -372,14 +372,6 @@ def test_a_table_script_names_its_cells(name):
 
 
 @pytest.mark.slow
-def is_running(pid):
-    """Whether a process has not ended; one that process 1 has not collected yet has."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
     """`fit.sh` is killed, ended by SIGTERM and started again, and repeats no finished run."""
     words = [
@@ -414,7 +406,9 @@ def test_a_rehearsed_table_killed_in_the_middle_goes_on(tmp_path):
     second.terminate()
     second.communicate(timeout=60)
     assert (
-        second.returncode == 1 and len(started) > 2 and not any(is_running(pid) for pid in started)
+        second.returncode == 1
+        and len(started) > 2
+        and not any(fork_server.is_running(pid) for pid in started)
     )
 
     third = subprocess.run(words, capture_output=True, timeout=240, **settings)

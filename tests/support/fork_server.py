@@ -111,6 +111,15 @@ def descendants(pid):
     return children + [below for child in children for below in descendants(child)]
 
 
+def is_running(pid):
+    """Whether a process has not ended; one that process 1 has not collected yet has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def kill(pid):
     """SIGKILL, to a process that may have ended."""
     with contextlib.suppress(ProcessLookupError):

@@ -36,14 +36,6 @@ if __name__ == "__main__":
 """
 
 
-def runs(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_until(condition, seconds=20):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -63,11 +55,11 @@ def test_a_child_ends_with_its_parent(method, thread, tmp_path):
         assert wait_until(lambda: (tmp_path / "pids").exists())
         time.sleep(0.3)
         child = int((tmp_path / "pids").read_text())
-        assert runs(child)
+        assert fork_server.is_running(child)
     finally:
         parent.kill()
         parent.wait()
-    assert wait_until(lambda: not runs(child))
+    assert wait_until(lambda: not fork_server.is_running(child))
 
 
 def test_a_child_whose_parent_has_ended_already_ends_at_once():
@@ -113,4 +105,4 @@ def test_a_rank_that_waits_for_others_ends_with_torchrun(tmp_path):
     time.sleep(0.5)  # it begins to connect
     fork_server.kill(launcher.pid)
     launcher.wait()
-    assert wait_until(lambda: not runs(int(pid.read_text())))
+    assert wait_until(lambda: not fork_server.is_running(int(pid.read_text())))
